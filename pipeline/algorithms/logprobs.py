@@ -1,0 +1,57 @@
+"""Log-probabilities of chosen tokens under temperature, over the ids that may be sampled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def tempered_logits(logits: Tensor, temperature: float, forbidden: Tensor | None) -> Tensor:
+    """Logits in fp32, divided by the temperature, -inf at forbidden ids: the distribution that is sampled and trained.
+
+    Args:
+        logits: (..., vocab), any float dtype.
+        forbidden: (n,) int64 ids that have no probability (pad, unused); None for none.
+    """
+    logits = logits.float() / temperature
+    if forbidden is not None and forbidden.numel():
+        logits = logits.index_fill(-1, forbidden, float("-inf"))
+    return logits
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token, and the entropy of each distribution.
+
+    Args:
+        logits: (n, vocab) fp32, -inf allowed.
+        tokens: (n,) int64.
+
+    Returns:
+        logprobs: (n,), nats; with gradient.
+        entropy: (n,), nats; detached.
+    """
+    log_z = torch.logsumexp(logits, dim=-1)
+    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - log_z
+    with torch.no_grad():
+        log_p = logits - log_z[:, None]
+        entropy = -torch.where(log_p.isinf(), 0.0, log_p.exp() * log_p).sum(-1)
+    return logprobs, entropy
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """One token a row by inversion: the first id whose cumulative probability exceeds the row's uniform number.
+
+    Each row needs only its own number, so a sample does not depend on which other rows are in the batch.
+
+    Args:
+        logits: (rows, vocab) fp32, -inf where nothing may be sampled.
+        uniforms: (rows,) in [0, 1).
+
+    Returns:
+        tokens: (rows,) int64, never one whose probability is 0.
+    """
+    probabilities = torch.softmax(logits.double(), dim=-1)
+    cumulative = probabilities.cumsum(-1)
+    # Rounding may leave the last cumulative sum below 1: scale the number, not the distribution.
+    thresholds = uniforms.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

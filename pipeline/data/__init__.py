@@ -1,0 +1,1 @@
+"""Records, their sources, encoding and batches."""

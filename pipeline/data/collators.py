@@ -1,0 +1,78 @@
+"""Rows of token ids into padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data.encoding import IGNORE
+
+
+def right_pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """(rows, longest) int64; shorter rows end in `value`."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long)
+
+
+@dataclass
+class BlockCollator:
+    """Packed rows: input_ids, position_ids, labels, each (rows, longest), and no attention mask.
+
+    Padding stands last, counts its own positions from 0 (so it is a document of its own) and has no label.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        input_ids = right_pad([row["input_ids"] for row in rows], self.pad_id)
+        longest = input_ids.shape[1]
+        positions = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
+        return {
+            "input_ids": input_ids,
+            "position_ids": torch.tensor(positions),
+            "labels": right_pad([row["labels"] for row in rows], IGNORE),
+        }
+
+
+@dataclass
+class RankingCollator:
+    """Rankings: every response once, all surviving pairs of each prompt.
+
+    Returns a dict of
+        input_ids, attention_mask: (responses of all prompts, longest), right-padded; the score is read at the last token
+        better, worse: (pairs,) row indices
+        target: (pairs,) probability that `better` is preferred: 1, or 0.5 for a tie
+        margin: (pairs,) subtracted from the score difference
+        pair_weight: (pairs,) 1 / pairs of the same prompt, so that every prompt weighs the same
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids: list[list[int]] = []
+        better, worse, target, margin, weight = [], [], [], [], []
+        for row in rows:
+            base = len(ids)
+            ids += row["ids"]
+            for pair in row["pairs"]:
+                better.append(base + pair["better"])
+                worse.append(base + pair["worse"])
+                target.append(pair["target"])
+                margin.append(row["margin"])
+                weight.append(1.0 / len(row["pairs"]))
+        input_ids = right_pad(ids, self.pad_id)
+        lengths = torch.tensor([len(row) for row in ids])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+            "better": torch.tensor(better, dtype=torch.long),
+            "worse": torch.tensor(worse, dtype=torch.long),
+            "target": torch.tensor(target, dtype=torch.float32),
+            "margin": torch.tensor(margin, dtype=torch.float32),
+            "pair_weight": torch.tensor(weight, dtype=torch.float32),
+            "prompts": torch.tensor(len(rows)),
+        }

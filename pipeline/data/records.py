@@ -1,0 +1,290 @@
+"""The record kinds and their readers: every row is checked, and every complaint names file and line.
+
+A parsed record is plain data in one canonical form, whatever the file called its columns:
+
+    document       {"text"}
+    demonstration  {"messages", "first_trained"}        messages from index first_trained on are trained (assistant turns)
+    ranking        {"prompt", "responses", "ranks"}     a comparison is a ranking of two
+    prompt         {"prompt"}
+
+`prompt` is a list of {"role", "content"}; each record also keeps the optional columns below and `line`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipeline.errors import UserError, shorten
+
+Record = dict[str, Any]
+OPTIONAL = ("labeler", "split", "id", "confidence", "margin")
+ROLES = ("system", "user", "assistant", "tool")
+MAX_LISTED = 20
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class RecordError(ValueError):
+    """One row is wrong; the reader adds file and line."""
+
+
+class Problems:
+    """Collects what is wrong in a source, and refuses it with up to 20 lines at once."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self.lines: list[str] = []
+        self.count = 0
+
+    def add(self, line: int, message: str) -> None:
+        self.count += 1
+        if len(self.lines) < MAX_LISTED:
+            self.lines.append(f"{self.source}:{line}: {message}")
+
+    def refuse(self) -> None:
+        if self.count:
+            more = f"\n… and {self.count - len(self.lines)} more in {self.source}" if self.count > len(self.lines) else ""
+            raise UserError("\n".join(self.lines) + more)
+
+
+def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], Record], max_rows: int | None = None) -> list[Record]:
+    """Parse every line of a JSONL file (also gzipped); `line` is added to each record.
+
+    Raises:
+        UserError: with file:line of every bad row (20 listed, the rest counted).
+    """
+    problems = Problems(str(path))
+    records: list[Record] = []
+    for number, raw in _lines(path):
+        if max_rows is not None and len(records) >= max_rows:
+            break
+        try:
+            row = _json_object(raw, first=number == 1)
+            if row is not None:
+                records.append({**parse(row), "line": number})
+        except RecordError as error:
+            problems.add(number, str(error))
+    problems.refuse()
+    if not records:
+        raise UserError("no records; expected one JSON object a line", file=path)
+    return records
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            yield from enumerate(file, 1)
+    except (OSError, EOFError) as error:
+        raise UserError(f"cannot be read: {error}", file=path) from error
+
+
+def _json_object(raw: bytes, first: bool) -> dict[str, Any] | None:
+    """One line's object; None for an empty line."""
+    if first and raw.startswith(b"\xef\xbb\xbf"):
+        raw = raw[3:]  # a byte-order mark says nothing in UTF-8
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"not UTF-8 (byte {error.start + 1}: {raw[error.start]:#04x}); save the file as UTF-8") from None
+    if "\x00" in text:
+        raise RecordError("holds a NUL byte; the file is damaged or UTF-16, save it as UTF-8")
+    if not text.strip():
+        return None
+    try:
+        row = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"not valid JSON ({error.msg}, column {error.colno}): {shorten(text.strip())}") from None
+    except RecursionError:
+        raise RecordError("nested too deeply to be a record") from None
+    if not isinstance(row, dict):
+        raise RecordError(f"expected a JSON object, got {shorten(row)}")
+    return row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecordError(f"key {twice!r} stands twice; keep one")
+    return row
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise RecordError(f"{name} is no JSON number; leave the key out instead")
+
+
+# ---------------------------------------------------------------------------------------------- parsers, one a kind
+
+
+def parse_document(row: dict[str, Any]) -> Record:
+    return {"text": _text(row, "text"), **_optional(row)}
+
+
+def parse_prompt(row: dict[str, Any]) -> Record:
+    """A prompt from any kind of record; its other columns are dropped."""
+    if "prompt" in row:
+        prompt = _prompt(row["prompt"])
+    elif "messages" in row:
+        messages = _messages(row["messages"], "messages")
+        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    elif "chosen" in row and "rejected" in row:
+        prompt = _hh_pair(row)[0]
+    else:
+        raise RecordError(f"no column `prompt`; columns are: {', '.join(sorted(row)) or 'none'}")
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise RecordError("the prompt must end with a user's turn")
+    return {"prompt": prompt, **_optional(row), "row": row}
+
+
+def parse_demonstration(row: dict[str, Any]) -> Record:
+    if "messages" in row:
+        messages = _messages(row["messages"], "messages")
+        if messages[-1]["role"] != "assistant":
+            raise RecordError("messages must end with an assistant's turn, the response that is learnt")
+        return {"messages": messages, "first_trained": 0, **_optional(row)}
+    name = next((name for name in ("response", "completion") if name in row), None)
+    if name is None or "prompt" not in row:
+        raise RecordError(
+            f"needs `prompt` and `response` (or `completion`), or `messages`; columns are: {', '.join(sorted(row)) or 'none'}"
+        )
+    prompt = _prompt(row["prompt"])
+    response = {"role": "assistant", "content": _response(row, name)}
+    return {"messages": [*prompt, response], "first_trained": len(prompt), **_optional(row)}
+
+
+def parse_ranking(row: dict[str, Any]) -> Record:
+    if "responses" in row or "ranks" in row:
+        return _parse_ranks(row)
+    for chosen, rejected in (("chosen", "rejected"), ("winner", "loser"), ("winning_response", "losing_response")):
+        if chosen in row and rejected in row:
+            break
+    else:
+        raise RecordError(
+            "needs `prompt`, `chosen`, `rejected` (or `prompt`, `responses`, `ranks`); columns are: "
+            + (", ".join(sorted(row)) or "none")
+        )
+    if "prompt" in row:
+        prompt, pair = _prompt(row["prompt"]), [_response(row, chosen), _response(row, rejected)]
+    else:
+        prompt, pair = _hh_pair({"chosen": row[chosen], "rejected": row[rejected]})
+    return {"prompt": prompt, "responses": pair, "ranks": [1, 2], **_optional(row)}
+
+
+def _parse_ranks(row: dict[str, Any]) -> Record:
+    for name in ("prompt", "responses", "ranks"):
+        if name not in row:
+            raise RecordError(f"a ranking needs `{name}`; columns are: {', '.join(sorted(row))}")
+    responses, ranks = row["responses"], row["ranks"]
+    if not isinstance(responses, list) or not all(isinstance(item, str) for item in responses):
+        raise RecordError(f"`responses` must be a list of texts, got {shorten(responses)}")
+    if not isinstance(ranks, list) or not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
+        raise RecordError(f"`ranks` must be a list of whole numbers from 1 (best), got {shorten(ranks)}")
+    if len(ranks) != len(responses):
+        raise RecordError(f"{len(responses)} responses but {len(ranks)} ranks; give one rank a response")
+    return {"prompt": _prompt(row["prompt"]), "responses": responses, "ranks": ranks, **_optional(row)}
+
+
+def _hh_pair(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
+    """HH style: `chosen` and `rejected` hold whole dialogues that differ in the last answer only."""
+    dialogues = []
+    for name in ("chosen", "rejected"):
+        if isinstance(row[name], list):
+            turns = _messages(row[name], name)
+        else:
+            turns = _hh_turns(_text(row, name), name)
+        if turns[-1]["role"] != "assistant":
+            raise RecordError(f"`{name}` must end with an answer (`Assistant:` turn); or give `prompt` apart")
+        dialogues.append(turns)
+    chosen, rejected = dialogues
+    if chosen[:-1] != rejected[:-1]:
+        raise RecordError("`chosen` and `rejected` differ before their last answer; they need the same prompt")
+    if len(chosen) == 1:
+        raise RecordError("no column `prompt`, and `chosen` is no dialogue; add the prompt")
+    return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
+
+
+def _hh_turns(text: str, name: str) -> list[dict[str, str]]:
+    parts = _HH_TURN.split(text if text.startswith("\n\n") else "\n\n" + text)
+    if parts[0].strip() or len(parts) < 3:
+        raise RecordError(f"no column `prompt`, and `{name}` is no `Human:`/`Assistant:` dialogue: {shorten(text)}")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    if name not in row:
+        raise RecordError(f"no column `{name}`; columns are: {', '.join(sorted(row)) or 'none'}")
+    value = row[name]
+    if not isinstance(value, str):
+        raise RecordError(f"`{name}` must be text, got {shorten(value)}")
+    if not value.strip():
+        raise RecordError(f"`{name}` is empty; fill it or remove the row")
+    return value
+
+
+def _response(row: dict[str, Any], name: str) -> str:
+    """A response as text, or as a list with the one assistant message."""
+    value = row[name]
+    if isinstance(value, list):
+        messages = _messages(value, name)
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise RecordError(f"`{name}` must be text or a list of one assistant message, got {shorten(value)}")
+        return messages[0]["content"]
+    return _text(row, name)
+
+
+def _prompt(value: Any) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        if not value.strip():
+            raise RecordError("`prompt` is empty; fill it or remove the row")
+        return [{"role": "user", "content": value}]
+    messages = _messages(value, "prompt")
+    if messages[-1]["role"] in ("assistant", "system"):
+        raise RecordError(f"`prompt` must end with a user's turn, it ends with {messages[-1]['role']!r}")
+    return messages
+
+
+def _messages(value: Any, name: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise RecordError(f"`{name}` must be text or a list of {{role, content}}, got {shorten(value)}")
+    for position, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise RecordError(f"`{name}`[{position}] must be {{role, content}} with text, got {shorten(message)}")
+        if message["role"] not in ROLES:
+            raise RecordError(f"`{name}`[{position}]: unknown role {shorten(message['role'])}; use one of {', '.join(ROLES)}")
+        if not message["content"].strip():
+            raise RecordError(f"`{name}`[{position}]: content is empty; fill it or remove the row")
+        if message["role"] == "system" and position > 0:
+            raise RecordError(f"`{name}`[{position}]: a system message stands first or not at all")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _optional(row: dict[str, Any]) -> Record:
+    kept: Record = {}
+    for name in OPTIONAL:
+        value = row.get(name)
+        if value is None:
+            continue
+        if name in ("confidence", "margin"):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise RecordError(f"`{name}` must be a finite number, got {shorten(value)}")
+        elif not isinstance(value, str):
+            if name != "id" or not isinstance(value, int):
+                raise RecordError(f"`{name}` must be text, got {shorten(value)}")
+        kept[name] = value
+    return kept
+
+
+PARSERS: dict[str, Callable[[dict[str, Any]], Record]] = {
+    "document": parse_document,
+    "demonstration": parse_demonstration,
+    "ranking": parse_ranking,
+    "prompt": parse_prompt,
+}

@@ -1,0 +1,39 @@
+"""Held-out splits: by the record's own `split`, else by a hash of its prompt, so that a prompt never sits on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from pipeline.data.records import Record
+
+HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "held_out", "eval")
+
+
+def split_key(record: Record) -> str:
+    """The text whose hash decides: a prompt's messages, or a document's text."""
+    if "text" in record:
+        return str(record["text"])
+    messages: list[dict[str, Any]] = record["prompt"] if "prompt" in record else record["messages"]
+    # Up to the first answer: dialogues that begin alike stay together, however long they go on.
+    first_answer = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+    opening = messages[:first_answer] or messages
+    return json.dumps([[m["role"], m["content"]] for m in opening], ensure_ascii=False)
+
+
+def is_held_out(record: Record, fraction: float) -> bool:
+    if "split" in record:
+        return record["split"] in HELD_OUT_NAMES
+    digest = hashlib.sha256(split_key(record).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def split_records(records: Iterable[Record], fraction: float) -> tuple[list[Record], list[Record]]:
+    """(train, held out)."""
+    train: list[Record] = []
+    held_out: list[Record] = []
+    for record in records:
+        (held_out if is_held_out(record, fraction) else train).append(record)
+    return train, held_out

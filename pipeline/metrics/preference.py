@@ -1,0 +1,62 @@
+"""How well scores agree with labelers, and how often one model's answers beat another's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+RESAMPLES = 2000
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """95 % percentile interval of a mean, resampling rows, or whole groups where rows of a group are not independent."""
+    rng = np.random.default_rng(seed)
+    if groups is None:
+        sums, sizes = values, np.ones_like(values)
+    else:
+        _, index = np.unique(groups, return_inverse=True)
+        sums, sizes = np.bincount(index, weights=values), np.bincount(index).astype(float)
+    picks = rng.integers(0, len(sums), (RESAMPLES, len(sums)))
+    means = sums[picks].sum(1) / sizes[picks].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+class PairAccuracy(evaluate.Metric):
+    """Share of pairs in which the preferred response scores higher; equal scores count one half."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = datasets.Features({"better": datasets.Value("float64"), "worse": datasets.Value("float64")})
+        return evaluate.MetricInfo(
+            description=self.__doc__ or "",
+            citation="",
+            inputs_description="better, worse: scores of the preferred and the other response of each pair",
+            features=features,
+        )
+
+    def _compute(self, better: list[float], worse: list[float], groups: list[Any] | None = None) -> dict[str, Any]:
+        difference = np.asarray(better) - np.asarray(worse)
+        right = (difference > 0) + 0.5 * (difference == 0)
+        interval = bootstrap_interval(right, groups=None if groups is None else np.asarray(groups))
+        return {"accuracy": float(right.mean()), "ci95": list(interval), "pairs": len(right)}
+
+
+class WinRate(evaluate.Metric):
+    """Share of prompts on which the candidate's score beats the baseline's; ties count one half."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = datasets.Features({"candidate": datasets.Value("float64"), "baseline": datasets.Value("float64")})
+        return evaluate.MetricInfo(
+            description=self.__doc__ or "",
+            citation="",
+            inputs_description="candidate, baseline: a judge's scores of both answers to each prompt",
+            features=features,
+        )
+
+    def _compute(self, candidate: list[float], baseline: list[float]) -> dict[str, Any]:
+        difference = np.asarray(candidate) - np.asarray(baseline)
+        wins = (difference > 0) + 0.5 * (difference == 0)
+        return {"win_rate": float(wins.mean()), "ci95": list(bootstrap_interval(wins)), "prompts": len(wins)}

@@ -1,0 +1,126 @@
+"""Reward and value models: a sequence classifier of one label, whose score is centred by an offset in its config.
+
+A bias on the head would be dropped at reload (transformers' heads have none), so `config.score_offset` holds what is
+subtracted from the raw logit; our scorer and the value model both do so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from pipeline.data.collators import right_pad
+from pipeline.errors import UserError
+from pipeline.models.loading import _load
+
+OFFSET = "score_offset"
+
+
+def load_scalar_model(path: str, quantization: str | None = None) -> PreTrainedModel:
+    """A sequence classifier with one label, fp32; a causal LM's folder gets a new head."""
+    import logging
+
+    # Loading a causal LM as a classifier reports the unused LM head and the new score head; both are the point here.
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        model = _load(AutoModelForSequenceClassification, path, quantization, num_labels=1)
+    finally:
+        logger.setLevel(level)
+    return model
+
+
+def refuse_other_heads(path: str) -> None:
+    """A reward model has exactly one label."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    architectures = config.architectures or []
+    if not any("SequenceClassification" in name for name in architectures):
+        raise UserError(f"{path!r} is no reward model (its architecture is {', '.join(architectures) or 'unknown'})")
+    if config.num_labels != 1:
+        raise UserError(f"{path!r} has {config.num_labels} labels; a reward model has one")
+
+
+def scalar_head(model: nn.Module) -> nn.Linear:
+    """The linear layer with one output: `score` of decoders, `classifier`'s last layer of encoders."""
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    if not heads:
+        raise UserError(f"{type(model).__name__} has no linear head with one output; it cannot be a reward model")
+    return heads[-1]
+
+
+def init_head(model: nn.Module, std: float | None, seed: int) -> float:
+    """Draw the head's weights from N(0, std²), std = 1/√(d + 1) by default (S20, N+; A9); returns std."""
+    head = scalar_head(model)
+    if std is None:
+        std = 1 / math.sqrt(head.in_features + 1)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+        if head.bias is not None:
+            head.bias.zero_()
+    return std
+
+
+def score_offset(model: nn.Module) -> float:
+    return float(getattr(model.config, OFFSET, 0.0))
+
+
+@torch.no_grad()
+def score_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, tokens_per_batch: int = 16384) -> Tensor:
+    """Centred scores of token rows, read at each row's last token.
+
+    Args:
+        rows: token ids, prompt and response, EOS last where the response stopped.
+        tokens_per_batch: padded tokens of one forward pass.
+
+    Returns:
+        (rows,) fp32 on the CPU.
+    """
+    scores = torch.empty(len(rows))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    device = next(model.parameters()).device
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and len(rows[order[end]]) * (end + 1 - start) <= tokens_per_batch:
+            end += 1
+        picked = order[start:end]
+        input_ids = right_pad([rows[i] for i in picked], pad_id).to(device)
+        lengths = torch.tensor([len(rows[i]) for i in picked], device=device)
+        mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
+        options = {} if not hasattr(model.config, "use_cache") else {"use_cache": False}
+        logits = model(input_ids=input_ids, attention_mask=mask.long(), **options).logits
+        scores[picked] = logits[:, 0].float().cpu() - score_offset(model)
+        start = end
+    return scores
+
+
+class ValueModel(nn.Module):
+    """Per-token values from a scalar model: the head at every position, minus the offset."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.offset = score_offset(model)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Values at chosen positions.
+
+        Args:
+            input_ids: (batch, length), right-padded; causal, so padding needs no mask.
+            positions: (batch, n) int64 positions whose hidden state is read.
+
+        Returns:
+            (batch, n) fp32
+        """
+        trunk = getattr(self.model, self.model.base_model_prefix)
+        hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+        picked = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        return scalar_head(self.model)(picked)[..., 0].float() - self.offset

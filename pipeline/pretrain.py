@@ -1,0 +1,160 @@
+"""Stage 1: a causal language model from plain text, from nothing or continued from a checkpoint.
+
+    accelerate launch pipeline/pretrain.py --config recipes/demo/pretrain.yaml
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from pipeline.arguments import PretrainArguments
+from pipeline.checkpoints import Parent, verify_parent
+from pipeline.data.collators import BlockCollator
+from pipeline.data.encoding import document_ids
+from pipeline.data.packing import Block, pack_documents
+from pipeline.data.sources import Source, fingerprint, read_sources
+from pipeline.data.splits import split_records
+from pipeline.data.tokenizer import train_tokenizer
+from pipeline.errors import UserError
+from pipeline.metrics import BitsPerByte, Perplexity
+from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, new_causal_lm, refuse_beyond_context
+from pipeline.stage import Run, launch
+from pipeline.training import StageTrainer, clear_resumes, measure_tokens, prepare_trainer, train, training_arguments
+
+logger = logging.getLogger(__name__)
+SINGLE_DOCUMENT_HELD_OUT = 0.05
+
+
+def main(run: Run[PretrainArguments]) -> None:
+    args = run.args
+    parent = verify_parent(args.parent, ("pretrain", "sft", "ppo")) if args.parent else None
+    sources = read_sources(args.datasets, "document", args.data_root)
+    run.output.inputs = {"parent": parent and parent.weights_sha256, "data": fingerprint(sources)}
+    if run.already_done():
+        return
+
+    texts = [_split(source, args.held_out_fraction) for source in sources]
+    tokenizer = _tokenizer(args, parent, [text for train_texts, _ in texts for text in train_texts])
+    if parent:
+        model = load_causal_lm(parent.path)
+        refuse_beyond_context(model.config, args.block_tokens, "block_tokens")
+    else:
+        from transformers import set_seed
+
+        set_seed(args.seed)
+        model = new_causal_lm(args.config_class, args.model_config, tokenizer, args.block_tokens)
+    if note := assign_pad(tokenizer, model):
+        logger.warning("pretrain: %s", note)
+
+    train_blocks = [pack_documents(document_ids(tokenizer, t), args.block_tokens) for t, _ in texts]
+    held_out = [pack_documents(document_ids(tokenizer, t), args.block_tokens) for _, t in texts]
+    mixed, counts = mix(sources, train_blocks, args.seed)
+    if not any(held_out):
+        raise UserError("no document was held out; raise held_out_fraction or give more documents")
+    held_out_bytes = sum(len(text.encode()) for _, part in texts for text in part)
+    logger.info("pretrain: %d blocks of %d tokens, %d held out, %.2f M parameters", len(mixed), args.block_tokens,
+                sum(map(len, held_out)), model.num_parameters() / 1e6)
+
+    trainer = PretrainTrainer(
+        model=model,
+        args=training_arguments(TrainingArguments, run),
+        train_dataset=mixed,
+        eval_dataset=[block for blocks in held_out for block in blocks],
+        data_collator=BlockCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    prepare_trainer(trainer, run)
+    resumed = train(trainer, run)
+
+    metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    metrics["bits_per_byte"] = BitsPerByte().compute(nll=[metrics.pop("nll")], num_bytes=[held_out_bytes])["bits_per_byte"]
+    epochs = epochs_seen(sources, train_blocks, counts, trainer.state.global_step * args.examples_per_step / len(mixed))
+    metrics |= {"held_out_bytes": held_out_bytes, "parameters": model.num_parameters(), "steps": trainer.state.global_step}
+    if run.is_main:
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+    clear_resumes(run)
+    run.finish(
+        parents=[parent.record()] if parent else [],
+        datasets=[{**s.provenance(), "epochs_seen": epochs[i], "train_tokens": _tokens(train_blocks[i])} for i, s in enumerate(sources)],
+        tokenizer=tokenizer,
+        metrics=metrics,
+        flops=trainer.state.total_flos,
+        resumed_from=resumed,
+        summary=f"perplexity {metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.3f} bits per byte held out, "
+        + ", ".join(f"{s.name} seen {epochs[i]:.2f}×" for i, s in enumerate(sources)),
+    )
+
+
+class PretrainTrainer(StageTrainer, Trainer):
+    """Trainer over packed blocks, with our held-out measure."""
+
+    def measure(self) -> dict[str, float]:
+        nll, tokens, _ = measure_tokens(self, self.eval_dataset, 8)
+        return {**Perplexity().compute(nll=[nll], tokens=[tokens]), "nll": nll, "held_out_tokens": tokens}
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+
+def _split(source: Source, fraction: float) -> tuple[list[str], list[str]]:
+    """(train, held-out) texts: by hash of the document; of a single document, its last part, cut at a line's end."""
+    if not source.single_document:
+        kept, held_out = split_records(source.records, fraction)
+        if not kept:
+            raise UserError(f"{source.name}: no document is left to train on; lower held_out_fraction")
+        return [r["text"] for r in kept], [r["text"] for r in held_out]
+    text = source.records[0]["text"]
+    cut = text.find("\n", math.floor(len(text) * (1 - SINGLE_DOCUMENT_HELD_OUT))) + 1
+    return ([text[:cut]], [text[cut:]]) if 0 < cut < len(text) else ([text], [])
+
+
+def _tokenizer(args: PretrainArguments, parent: Parent | None, texts: list[str]) -> PreTrainedTokenizerBase:
+    if parent:
+        return load_tokenizer(parent.path)
+    if args.tokenizer:
+        return load_tokenizer(args.tokenizer)
+    assert args.train_tokenizer is not None
+    return train_tokenizer(texts, args.train_tokenizer.vocab_size)
+
+
+def mix(sources: list[Source], blocks: list[list[Block]], seed: int) -> tuple[datasets.Dataset, list[int]]:
+    """One epoch of the mixture: every block once, or drawn by the sources' weights until each was seen whole.
+
+    Returns:
+        mixture: a Dataset of blocks
+        counts: blocks of each source in it
+    """
+    tables = [datasets.Dataset.from_list([{**b, "source": i} for b in part]) for i, part in enumerate(blocks)]
+    weights = [source.weight for source in sources]
+    if all(weight is None for weight in weights):
+        mixed = datasets.concatenate_datasets(tables)
+    elif any(weight is None for weight in weights):
+        unweighted = next(s.name for s in sources if s.weight is None)
+        raise UserError(f"datasets: {unweighted!r} has no weight but others do; give all or none")
+    else:
+        total = sum(w for w in weights if w is not None)
+        shuffled = [table.shuffle(seed=seed) for table in tables]
+        mixed = datasets.interleave_datasets(
+            shuffled, probabilities=[w / total for w in weights if w is not None], seed=seed, stopping_strategy="all_exhausted"
+        )
+    drawn = list(mixed["source"])
+    return mixed.remove_columns("source"), [drawn.count(i) for i in range(len(sources))]
+
+
+def epochs_seen(sources: list[Source], blocks: list[list[Block]], counts: list[int], passes: float) -> list[float]:
+    """How often each source's training blocks were seen: passes over the mixture times its share in it."""
+    return [round(passes * counts[i] / len(blocks[i]), 4) for i in range(len(sources))]
+
+
+def _tokens(blocks: list[Block]) -> int:
+    return sum(len(block["input_ids"]) for block in blocks)
+
+
+if __name__ == "__main__":
+    launch("pretrain", PretrainArguments, main)

@@ -1,0 +1,224 @@
+"""What every stage does around its own work: arguments, threads, logs, signals, exit codes, lineage, the summary line."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+import os
+import signal
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pipeline import arguments
+from pipeline.checkpoints import StageOutput, write_json
+from pipeline.errors import UserError
+
+logger = logging.getLogger("pipeline")
+ROOT = Path(__file__).resolve().parent.parent
+ERROR_FILE = "RLHF_ERROR_FILE"  # where `rlhf run` reads a stage's own words: accelerate's launcher hides exit codes
+Arguments = TypeVar("Arguments", bound=arguments.StageArguments)
+
+
+class Interruption:
+    """SIGTERM or SIGINT ends the stage at its next safe point; a second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        logger.warning("%s received: ending at the next safe point (again: at once)", signal.Signals(number).name)
+
+
+@dataclasses.dataclass
+class Run(Generic[Arguments]):
+    """One running stage: its arguments, its output folder, its place among the processes."""
+
+    name: str
+    args: Arguments
+    output: StageOutput
+    interruption: Interruption
+    started: float = dataclasses.field(default_factory=time.time)
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def show_progress(self) -> bool:
+        return self.is_main and not self.args.quiet and sys.stderr.isatty()
+
+    def barrier(self) -> None:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.processes == 1:
+            return flag
+        import torch
+        from accelerate import PartialState
+
+        value = torch.tensor([float(flag)], device=PartialState().device)
+        torch.distributed.all_reduce(value)
+        return bool(value.item() > 0)
+
+    def interrupted(self) -> bool:
+        """Whether any process got a signal; the same answer in all of them."""
+        got = self.any_process(self.interruption.signal is not None)
+        if got and self.interruption.signal is None:
+            self.interruption.signal = signal.SIGTERM
+        return got
+
+    def leave_interrupted(self) -> typing.NoReturn:
+        number = self.interruption.signal or signal.SIGTERM
+        if self.is_main:
+            print(f"{self.name}: interrupted; run the same command again to resume: {command_line()}", flush=True)
+        raise SystemExit(128 + number)
+
+    def already_done(self) -> bool:
+        """Whether the output is complete for these inputs; says so. Ranks agree because rank 0 looks first."""
+        done = False
+        if self.is_main:
+            done = self.output.finished()
+        self.barrier()
+        done = self.any_process(done)
+        if done and self.is_main:
+            print(f"{self.name}: already complete in {self.output.folder} for the same inputs", flush=True)
+        return done
+
+    def finish(self, *, parents: list[dict[str, Any]], datasets: list[dict[str, Any]], tokenizer: Any, metrics: dict[str, Any],
+               flops: float, resumed_from: list[int], summary: str) -> None:
+        """On rank 0: model card, metrics.json, lineage.json; then one line on the terminal."""
+        from pipeline.checkpoints import tokenizer_hashes
+        from pipeline.metrics.cards import write_model_card
+
+        seconds = time.time() - self.started
+        if self.is_main:
+            tokenizer_hash, template_hash = tokenizer_hashes(tokenizer)
+            write_model_card(self.output.folder, self.name, self.output.recipe, parents, datasets, metrics)
+            lineage = {
+                "parents": parents,
+                "datasets": datasets,
+                "tokenizer_sha256": tokenizer_hash,
+                "chat_template_sha256": template_hash,
+                "seconds": round(seconds, 2),
+                "flops": flops,
+                "started": _iso(self.started),
+                "finished": _iso(time.time()),
+                "processes": self.processes,
+                "resumed_from": resumed_from,
+            }
+            self.output.finish(lineage, metrics)
+            print(f"{self.name}: {summary} · {seconds:.0f} s · {self.output.folder}", flush=True)
+        self.barrier()
+
+
+def launch(name: str, cls: type[Arguments], body: Callable[[Run[Arguments]], None], argv: Sequence[str] | None = None) -> None:
+    """Run a stage's body between argument parsing and exit code; without --config, the demo's recipe."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--config" not in argv and "--help" not in argv and "-h" not in argv:
+        argv = ["--config", str(ROOT / "recipes" / "demo" / f"{name}.yaml"), *argv]
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        args = arguments.load(cls, argv)
+        body(_open(name, args, rank))
+    except UserError as error:
+        _report_error(str(error), rank)
+        raise SystemExit(2) from None
+
+
+def _open(name: str, args: Arguments, rank: int) -> Run[Arguments]:
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}") from error
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    _set_up_logging(args, folder, rank)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    used = torch.get_num_threads() * state.num_processes
+    logger.info("%s: %d process(es) on %s, %d CPU threads each", name, state.num_processes, state.device, torch.get_num_threads())
+    if state.device.type == "cpu" and used < cores and rank == 0:
+        logger.warning("%d CPU thread(s) used of %d cores; set OMP_NUM_THREADS or --threads", used, cores)
+    _set_up_trackers(args, folder)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    output = StageOutput(folder, name, arguments.as_dict(args))
+    return Run(name, args, output, Interruption(), rank=state.process_index, processes=state.num_processes)
+
+
+def _set_up_logging(args: arguments.StageArguments, folder: Path, rank: int) -> None:
+    """Everything to `log.txt`; to the terminal info lines, or only warnings with --quiet or where no person reads."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING if args.quiet or not sys.stderr.isatty() else logging.INFO)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(console)
+    if rank == 0:
+        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(file)
+
+
+def _set_up_trackers(args: arguments.StageArguments, folder: Path) -> None:
+    if "wandb" in args.report_to:
+        import importlib.util
+
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError("report_to: wandb is not installed; pip install wandb, or drop it from report_to")
+        os.environ.setdefault("WANDB_DIR", str(folder))
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_PROJECT", "rlhf-pipeline")
+        if "WANDB_MODE" not in os.environ and not os.environ.get("WANDB_API_KEY") and not (Path.home() / ".netrc").is_file():
+            logger.info("wandb: no log-in found, writing offline to %s/wandb", folder)
+            os.environ["WANDB_MODE"] = "offline"
+
+
+def _report_error(message: str, rank: int) -> None:
+    if rank != 0:
+        return
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if path := os.environ.get(ERROR_FILE):
+        write_json(Path(path), {"message": message})
+
+
+def command_line() -> str:
+    return " ".join(["python", *sys.argv])
+
+
+def _iso(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
