@@ -252,6 +252,7 @@ class PPOArguments(StageArguments):
     parent: str = key("", "folder or Hub id of the SFT model: policy and reference")
     reward: list[RewardSource] = key([], "what scores a response: models, functions, or a weighted list of both")
     value_init: Literal["reward", "policy"] = key("reward", "value network from the reward model (S20) or from the policy's trunk")
+    eval_datasets: list[DatasetEntry] = key([], "held-out prompts; default: held_out_fraction of datasets")
     total_rollouts: int = key(100, "rollouts; episodes are this times prompts_per_rollout")
     prompts_per_rollout: int = key(64, "prompts answered in one rollout, over all processes")
     minibatches: int = key(4, "optimizer steps of each network in one epoch over a rollout")

@@ -172,7 +172,7 @@ class StageOutput:
     def _inputs_of_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in recipe.items() if key not in (*NOT_INPUTS, "parent")}
         # Data and models count by their content, whose hashes are in `inputs`, not by where they lie.
-        for entries in ("datasets", "center_on"):
+        for entries in ("datasets", "center_on", "eval_datasets"):
             kept[entries] = [dict(entry, path=None) for entry in kept.get(entries, [])]
         kept["reward"] = [dict(source, model=None) for source in kept.get("reward", [])]
         return kept

@@ -267,7 +267,8 @@ def write_prompt(rng: random.Random, item: str, problem: Problem) -> str:
         said = rng.choice(problem.stated + problem.said)
         text = fill(text, said=said, item=item, **{"a item": with_article(item)})
         if len(words_in(text)) in PROMPT_WORDS:
-            assert rubric.items_in(text) == [item] and rubric.subject(text) == (item, problem.name), text
+            assert rubric.items_in(text) == [item], text
+            assert rubric.subject(text) == (item, problem.name), text
             return text
 
 

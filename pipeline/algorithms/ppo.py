@@ -8,23 +8,6 @@ from torch import Tensor
 from pipeline.algorithms.kl import k1
 
 
-def first_stop(tokens: Tensor, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each response ends: through its first stop token, or at the cap.
-
-    Args:
-        tokens: (batch, response_len) int64 sampled tokens.
-        stop_ids: (n,) int64.
-
-    Returns:
-        lengths: (batch,) int64, tokens that count, stop token included.
-        stopped: (batch,) bool, whether a stop token stands in the response.
-    """
-    is_stop = torch.isin(tokens, stop_ids)
-    stopped = is_stop.any(dim=1)
-    first = is_stop.int().argmax(dim=1) + 1
-    return torch.where(stopped, first, tokens.shape[1]), stopped
-
-
 def missing_eos_scores(scores: Tensor, stopped: Tensor, mode: str, value: float) -> Tensor:
     """Scores after the rule for responses that did not stop (A20).
 

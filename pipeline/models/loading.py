@@ -138,3 +138,14 @@ def linear_module_names(model: PreTrainedModel, leave_out: Iterable[str] = ("lm_
         if isinstance(module, torch.nn.Linear | Conv1D) or "Linear" in type(module).__name__
     }
     return sorted(names - set(leave_out))
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """No dropout in training mode either (A16): modules, and attention's own rates, which are plain attributes."""
+    from trl.trainer import disable_dropout_in_model
+
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

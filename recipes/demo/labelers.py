@@ -8,11 +8,11 @@ a reward model can be computed: no model can predict a labeler better than the l
 =======  =====  ====  ======  ======  ======  =====  =====  ==========================================
 labeler  names  fits  remedy  polite  no rep  short  noise  taste
 =======  =====  ====  ======  ======  ======  =====  =====  ==========================================
-ana       0.22  0.16    0.30    0.12    0.10   0.10   0.13  close to the rubric, and careful
+ana       0.22  0.16    0.30    0.12    0.10   0.10   0.13  close to the rubric
 ben       0.18  0.12    0.24    0.28    0.10   0.08   0.13  likes politeness
 chloe     0.18  0.12    0.24    0.08    0.16   0.22   0.12  likes a short answer without repetition
 dev       0.16  0.10    0.52    0.06    0.08   0.08   0.20  cares about the remedy, and works in haste
-erik      0.28  0.18    0.24    0.14    0.08   0.08   0.15  likes to see that the letter was read
+erik      0.22  0.16    0.28    0.16    0.09   0.09   0.15  likes a kind answer to the point
 =======  =====  ====  ======  ======  ======  =====  =====  ==========================================
 
 "erik" is meant to be kept out of training: his taste and noise lie within the range of the others, and a
@@ -51,7 +51,7 @@ LABELERS: dict[str, Labeler] = {
     "ben": _labeler(0.18, 0.12, 0.24, 0.28, 0.10, 0.08, noise=0.13),
     "chloe": _labeler(0.18, 0.12, 0.24, 0.08, 0.16, 0.22, noise=0.12),
     "dev": _labeler(0.16, 0.10, 0.52, 0.06, 0.08, 0.08, noise=0.20),
-    "erik": _labeler(0.28, 0.18, 0.24, 0.14, 0.08, 0.08, noise=0.15),
+    "erik": _labeler(0.22, 0.16, 0.28, 0.16, 0.09, 0.09, noise=0.15),
 }
 KEPT_OUT = "erik"
 

@@ -165,9 +165,11 @@ def test_each_problem_is_told_from_every_other_one():
         for phrase in problem.stated + problem.said:
             assert rubric.subject(f"My kettle {phrase}.") == ("kettle", problem.name)
         for phrase in problem.stated + problem.said + problem.nouns:
-            assert rubric.problems_in(phrase) == [problem.name] and not rubric.remedies_in(phrase)
+            assert rubric.problems_in(phrase) == [problem.name]
+            assert not rubric.remedies_in(phrase)
         for remedy in problem.remedies:
-            assert rubric.remedies_in(remedy) == [problem.name] and not rubric.problems_in(remedy)
+            assert rubric.remedies_in(remedy) == [problem.name]
+            assert not rubric.problems_in(remedy)
 
 
 def test_weights_sum_to_one():
@@ -195,7 +197,8 @@ def test_truth_uses_the_labeler_of_the_row_and_else_the_rubric():
 def test_a_labeler_sorts_and_ties():
     worse = "This is not our problem."
     ranks = labelers.rank(PROMPT, [worse, PERFECT, worse], "ana", random.Random(0))
-    assert ranks[1] == 1 and min(ranks[0], ranks[2]) == 2
+    assert ranks[1] == 1
+    assert min(ranks[0], ranks[2]) == 2
     assert labelers.rank(PROMPT, [PERFECT], "ana", random.Random(0)) == [1]
 
 
@@ -211,7 +214,8 @@ def test_every_labeler_ranks_and_some_sets_are_shared():
     for row in read("demo_comparisons/train.jsonl"):
         sets[(row["prompt"], *row["responses"])].append(row["labeler"])
     ranked = [labeler for names in sets.values() for labeler in names]
-    assert set(ranked) == set(labelers.LABELERS) and labelers.KEPT_OUT == "erik" and "erik" in ranked
+    assert set(ranked) == set(labelers.LABELERS)
+    assert labelers.KEPT_OUT == "erik"
     assert all(ranked.count(name) == len(ranked) // 5 for name in labelers.LABELERS)
     assert all(len(set(names)) == len(names) <= 3 for names in sets.values())
     assert 0.2 < sum(len(names) > 1 for names in sets.values()) / len(sets) < 0.3

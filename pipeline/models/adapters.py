@@ -1,0 +1,38 @@
+"""LoRA for SFT and reward: peft's configuration, and merged weights at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
+
+from pipeline.models.loading import linear_module_names
+
+
+def lora_config(model: PreTrainedModel, options: Any, task_type: str) -> LoraConfig:
+    """peft's LoRA configuration from the recipe's `lora:`; a reward model trains its head whole."""
+    return LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.target_modules or linear_module_names(model),
+        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+        task_type=task_type,
+    )
+
+
+def save_merged(trained: PeftModel, base: PreTrainedModel, folder: Path, merge: bool) -> None:
+    """The adapter to `folder/adapter`; to `folder` the fp32 base with the adapter merged in, or the bare base.
+
+    Args:
+        trained: the trained adapter on its (possibly 4-/8-bit) base.
+        base: the same base, freshly loaded in fp32: quantised weights would merge with their rounding.
+    """
+    trained.save_pretrained(folder / "adapter")
+    if merge:
+        with torch.no_grad():
+            base = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    base.save_pretrained(folder)

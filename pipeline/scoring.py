@@ -1,0 +1,171 @@
+"""What gives a response its score: a reward model, a Python function, or a weighted sum of them.
+
+    score(["How do I boil an egg?"], ["For eight minutes."], "runs/demo/reward")
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints import Parent, tokenizer_hashes, verify_parent
+from pipeline.data.encoding import ChatEncoder, Message
+from pipeline.errors import UserError, shorten
+from pipeline.models.loading import load_tokenizer, require_pad
+from pipeline.models.scalar_head import load_scalar_model, refuse_other_heads, score_ids
+
+RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class SourceSpec(Protocol):
+    """A line of a recipe's `reward:` (see `arguments.RewardSource`)."""
+
+    model: str | None
+    function: str | None
+    weight: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a batch: the weighted sum, and every part by name; each (rows,) fp32 on the CPU."""
+
+    scores: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass
+class Part:
+    """One named, weighted part of a score."""
+
+    name: str
+    weight: float
+    compute: Callable[[Sequence[Sequence[Message]], list[list[int]], list[list[int]], list[str], list[dict[str, Any]]], Tensor]
+    parent: Parent | None = None
+
+
+class Scorer:
+    """Scores responses given as token ids of the policy's tokenizer."""
+
+    def __init__(self, parts: list[Part], encoder: ChatEncoder):
+        self.parts = parts
+        self.encoder = encoder
+
+    def __call__(self, prompts: Sequence[Sequence[Message]], prompt_ids: list[list[int]], response_ids: list[list[int]],
+                 rows: list[dict[str, Any]]) -> Scores:
+        """Score each response to its prompt.
+
+        Args:
+            prompts: messages; prompt_ids: the same as ids.
+            response_ids: through the stop token where there is one.
+            rows: the prompts' records, for functions that read other columns.
+
+        Raises:
+            UserError: a function returned the wrong number of scores, or one that is not finite; names the row.
+        """
+        texts = [self.encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in response_ids]
+        found = {part.name: part.compute(prompts, prompt_ids, response_ids, texts, rows) for part in self.parts}
+        for name, values in found.items():
+            for index, value in enumerate(values.tolist()):
+                if not math.isfinite(value):
+                    raise UserError(f"reward {name!r} gave {value} for prompt {shorten(prompts[index][-1]['content'])}, "
+                                    f"response {shorten(texts[index])}; scores must be finite")
+        total = sum((part.weight * found[part.name] for part in self.parts), torch.zeros(len(response_ids)))
+        return Scores(total, found)
+
+
+def build_scorer(sources: Sequence[SourceSpec], encoder: ChatEncoder, device: torch.device) -> Scorer:
+    """Load and verify every reward model and function of a recipe."""
+    parts = []
+    for source in sources:
+        if source.model is not None:
+            parts.append(_model_part(source.model, source.weight, encoder, device))
+        else:
+            assert source.function is not None
+            parts.append(_function_part(source.function, source.weight))
+    names = [part.name for part in parts]
+    for part in parts:
+        if names.count(part.name) > 1:
+            raise UserError(f"reward: {part.name!r} stands twice; give each part once, with its weight")
+    return Scorer(parts, encoder)
+
+
+def _model_part(path: str, weight: float, encoder: ChatEncoder, device: torch.device) -> Part:
+    parent = verify_parent(path, ("reward",))
+    refuse_other_heads(parent.path)
+    tokenizer = load_tokenizer(parent.path)
+    require_pad(tokenizer, path)
+    model = load_scalar_model(parent.path).to(device).eval().requires_grad_(False)
+    same_tokenizer = tokenizer_hashes(tokenizer) == tokenizer_hashes(encoder.tokenizer)
+    own = ChatEncoder(tokenizer)
+    stops = {encoder.eos_id}
+
+    def compute(prompts: Any, prompt_ids: Any, response_ids: Any, texts: list[str], rows: Any) -> Tensor:
+        if same_tokenizer:
+            ids = [p + r for p, r in zip(prompt_ids, response_ids, strict=True)]
+        else:  # the text, in the reward model's own tokens and template; EOS only where the policy ended
+            ids = [
+                own.prompt_ids(p) + own.response_ids(t)[: None if r[-1:] and r[-1] in stops else -1]
+                for p, t, r in zip(prompts, texts, response_ids, strict=True)
+            ]
+        return score_ids(model, ids, tokenizer.pad_token_id)
+
+    return Part("reward_model" if weight == 1.0 else Path(path).name, weight, compute, parent)
+
+
+def _function_part(name: str, weight: float) -> Part:
+    function = import_function(name)
+
+    def compute(prompts: Any, prompt_ids: Any, response_ids: Any, texts: list[str], rows: list[dict[str, Any]]) -> Tensor:
+        values = call_function(function, name, [prompt[-1]["content"] for prompt in prompts], texts, rows)
+        return torch.tensor(values, dtype=torch.float32)
+
+    return Part(name, weight, compute)
+
+
+def call_function(function: RewardFunction, name: str, prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
+    """The function's scores, checked for number and type."""
+    values = list(function(prompts, responses, rows))
+    if len(values) != len(responses):
+        raise UserError(f"reward function {name!r} returned {len(values)} scores for {len(responses)} responses")
+    for index, value in enumerate(values):
+        if not isinstance(value, int | float):
+            raise UserError(f"reward function {name!r} returned {shorten(value)} for row {index}; a number is needed")
+    return [float(value) for value in values]
+
+
+def import_function(name: str) -> RewardFunction:
+    """`module:function`; the demo's and every recipe's folder is importable, as is the current folder."""
+    module_name, _, attribute = name.partition(":")
+    folders = [str(Path.cwd()), *sorted(str(folder.parent) for folder in (ROOT / "recipes").glob("*/*.py"))]
+    for folder in folders:
+        if folder not in sys.path:
+            sys.path.append(folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"function {name!r}: module {module_name!r} cannot be imported ({error}); "
+                        "put it in the recipe's folder, the current folder or an installed package") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"function {name!r}: {module_name!r} has no function {attribute!r}")
+    return function  # type: ignore[no-any-return]
+
+
+def score(prompts: Sequence[str | Sequence[Message]], responses: Sequence[str], reward: str, device: str = "cpu") -> list[float]:
+    """Centred scores of finished responses by a reward model's folder, in one call."""
+    encoder = ChatEncoder(load_tokenizer(reward))
+    messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+    part = _model_part(reward, 1.0, encoder, torch.device(device))
+    prompt_ids = [encoder.prompt_ids(p) for p in messages]
+    response_ids = [encoder.response_ids(r) for r in responses]
+    found: list[float] = part.compute(messages, prompt_ids, response_ids, list(responses), [{}] * len(responses)).tolist()
+    return found

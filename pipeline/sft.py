@@ -1,0 +1,185 @@
+"""Stage 2: supervised fine-tuning on demonstrations, on TRL's SFTTrainer with our own encoding.
+
+    accelerate launch pipeline/sft.py --config recipes/demo/sft.yaml
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
+
+from pipeline.arguments import SFTArguments
+from pipeline.checkpoints import verify_parent
+from pipeline.data.collators import BlockCollator
+from pipeline.data.encoding import PLAIN_TEMPLATE, ChatEncoder
+from pipeline.data.packing import join_examples, pack_examples
+from pipeline.data.records import Record
+from pipeline.data.sources import Source, fingerprint, read_sources
+from pipeline.data.splits import split_records
+from pipeline.errors import UserError
+from pipeline.metrics import Perplexity
+from pipeline.models.adapters import lora_config, save_merged
+from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, refuse_beyond_context
+from pipeline.rollout import greedy_responses
+from pipeline.scoring import Scorer, build_scorer
+from pipeline.stage import Run, launch
+from pipeline.training import StageTrainer, clear_resumes, measure_tokens, prepare_trainer, train, training_arguments
+
+logger = logging.getLogger(__name__)
+Example = tuple[list[int], list[int]]
+
+
+def main(run: Run[SFTArguments]) -> None:
+    args = run.args
+    parent = verify_parent(args.parent, ("pretrain", "sft", "ppo"))
+    sources = read_sources(args.datasets, "demonstration", args.data_root)
+    run.output.inputs = {"parent": parent.weights_sha256, "data": fingerprint(sources)}
+    if run.already_done():
+        return
+
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(parent.path)
+    model = load_causal_lm(parent.path, args.quantization)
+    refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        logger.warning("sft: the parent has no chat template; a plain `User:`/`Assistant:` one was assigned and is saved")
+    if note := assign_pad(tokenizer, model):
+        logger.warning("sft: %s", note)
+    encoder = ChatEncoder(tokenizer)
+
+    splits = [split_records(source.records, args.held_out_fraction) for source in sources]
+    train_examples = mixture(sources, [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)], args.seed)
+    held_out_records = [record for _, part in splits for record in part]
+    held_out = [e for s, (_, part) in zip(sources, splits, strict=True) for e in encode(encoder, s, part, args)]
+    if not train_examples:
+        raise UserError(f"no demonstration fits into max_tokens ({args.max_tokens}); raise it")
+    if not held_out:
+        raise UserError("no demonstration was held out; raise held_out_fraction or give more demonstrations")
+    rows = pack_examples(train_examples, args.max_tokens) if args.packing else [join_examples([e]) for e in train_examples]
+    logger.info("sft: %d demonstrations in %d rows, %d held out", len(train_examples), len(rows), len(held_out))
+
+    trainer = DemonstrationTrainer(
+        model=model,
+        args=training_arguments(
+            SFTConfig, run, None if args.best_metric == "none" else args.best_metric,
+            dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+            greater_is_better=args.best_metric not in ("none", "loss"),
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        eval_dataset=datasets.Dataset.from_list([join_examples([e]) for e in held_out]),
+        data_collator=BlockCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        peft_config=lora_config(model, args.lora, "CAUSAL_LM") if args.lora else None,
+    )
+    if args.score:
+        trainer.scorer = build_scorer(args.score, encoder, trainer.accelerator.device)
+        trainer.score_records = held_out_records[: args.score_prompts]
+        trainer.encoder, trainer.max_response_tokens = encoder, args.max_response_tokens
+    prepare_trainer(trainer, run)
+    resumed = train(trainer, run)
+
+    metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    metrics |= {"demonstrations": len(train_examples), "held_out_demonstrations": len(held_out), "steps": trainer.state.global_step}
+    if args.best_metric != "none" and trainer.state.best_global_step is not None:
+        metrics["best_step"] = trainer.state.best_global_step
+    if run.is_main:
+        _save(trainer, args, parent.path, tokenizer)
+    clear_resumes(run)
+    run.finish(
+        parents=[parent.record()],
+        datasets=[s.provenance() for s in sources],
+        tokenizer=tokenizer,
+        metrics=metrics,
+        flops=trainer.state.total_flos,
+        resumed_from=resumed,
+        summary=f"held-out response perplexity {metrics['perplexity']:.3f}, token accuracy {metrics['token_accuracy']:.1%}"
+        + (f", best at step {metrics['best_step']}" if "best_step" in metrics else ""),
+    )
+
+
+class DemonstrationTrainer(StageTrainer, SFTTrainer):
+    """SFTTrainer on rows that are encoded and packed already, with our held-out measure."""
+
+    scorer: Scorer | None = None
+    score_records: list[Record]
+    encoder: ChatEncoder
+    max_response_tokens: int
+
+    def measure(self) -> dict[str, float]:
+        nll, tokens, hits = measure_tokens(self, self.eval_dataset, 16)
+        found = {**Perplexity().compute(nll=[nll], tokens=[tokens]), "token_accuracy": hits / max(tokens, 1)}
+        if self.scorer is not None:
+            found["score"] = self._score()
+        return found
+
+    def _score(self) -> float:
+        """Mean reward of greedy responses to held-out prompts: what I22 selects by, since loss overfits first (A8)."""
+        assert self.scorer is not None
+        prompts = [r["messages"][:-1] for r in self.score_records]
+        prompt_ids = [self.encoder.prompt_ids(prompt) for prompt in prompts]
+        rows = greedy_responses(self.model, self.encoder.tokenizer, prompt_ids, self.max_response_tokens)
+        return float(self.scorer(prompts, prompt_ids, rows, list(self.score_records)).scores.mean())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._metrics["train"].pop("num_tokens", None)  # TRL's counter restarts at a resume
+        self._metrics["eval"].clear()
+        super().log(logs, start_time)
+
+
+def encode(encoder: ChatEncoder, source: Source, records: list[Record], args: SFTArguments) -> list[Example]:
+    """Token ids and labels of each demonstration that fits; the others are counted and named."""
+    examples, too_long = [], []
+    for record in records:
+        ids, labels = encoder.dialogue(record["messages"], record["first_trained"], args.loss_on)
+        if len(ids) > args.max_tokens:
+            too_long.append(record["line"])
+        else:
+            examples.append((ids, labels))
+    if too_long:
+        lines = ", ".join(map(str, too_long[:5])) + (", …" if len(too_long) > 5 else "")
+        logger.warning("sft: %s: %d of %d demonstrations are longer than max_tokens (%d) and left out (lines %s)",
+                       source.name, len(too_long), len(records), args.max_tokens, lines)
+    return examples
+
+
+def mixture(sources: list[Source], parts: list[list[Example]], seed: int) -> list[Example]:
+    """All demonstrations once, or as the sources' weights say: each source repeated whole until the shares fit."""
+    weights = [source.weight for source in sources]
+    if all(weight is None for weight in weights):
+        return [example for part in parts for example in part]
+    if any(weight is None for weight in weights):
+        raise UserError("datasets: some entries have a weight and some have none; give all or none")
+    import random
+
+    shares = [w / sum(x for x in weights if x is not None) for w in weights if w is not None]
+    total = max(len(part) / share for part, share in zip(parts, shares, strict=True) if part)
+    mixed: list[Example] = []
+    for position, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        wanted = round(total * share)
+        repeats = [part[i % len(part)] for i in range(wanted - wanted % len(part))] if part else []
+        rest = random.Random(seed + position).sample(part, wanted % len(part)) if part else []
+        mixed += repeats + rest
+        logger.info("sft: %s: %d demonstrations drawn %d times in one epoch", sources[position].name, len(part), wanted)
+    return mixed
+
+
+def _save(trainer: Any, args: SFTArguments, parent_path: str, tokenizer: Any) -> None:
+    folder = Path(args.output_dir)
+    if args.lora:
+        base = load_causal_lm(parent_path)
+        assign_pad(tokenizer, base)
+        base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().weight.shape[0]))
+        save_merged(trainer.accelerator.unwrap_model(trainer.model), base, folder, args.merge_adapter)
+    else:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    launch("sft", SFTArguments, main)
