@@ -253,6 +253,7 @@ class PPOArguments(StageArguments):
     reward: list[RewardSource] = key([], "what scores a response: models, functions, or a weighted list of both")
     value_init: Literal["reward", "policy"] = key("reward", "value network from the reward model (S20) or from the policy's trunk")
     eval_datasets: list[DatasetEntry] = key([], "held-out prompts; default: held_out_fraction of datasets")
+    judges: list[str] = key([], "Python judges (module:function) that evaluations and the report ask, never the training")
     total_rollouts: int = key(100, "rollouts; episodes are this times prompts_per_rollout")
     prompts_per_rollout: int = key(64, "prompts answered in one rollout, over all processes")
     minibatches: int = key(4, "optimizer steps of each network in one epoch over a rollout")
@@ -335,6 +336,16 @@ STAGES: dict[str, type[StageArguments]] = {
 }
 
 Arguments = TypeVar("Arguments", bound=StageArguments)
+
+
+def recipe_stages(folder: Path) -> list[str]:
+    """The stages that a recipe folder has, in order."""
+    if not folder.is_dir():
+        raise UserError(f"no recipe folder {str(folder)!r}; see recipes/ for examples")
+    stages = [name for name in STAGES if (folder / f"{name}.yaml").is_file()]
+    if not stages:
+        raise UserError(f"{str(folder)!r} holds none of {', '.join(f'{name}.yaml' for name in STAGES)}")
+    return stages
 
 
 def load(stage: type[Arguments], argv: Sequence[str]) -> Arguments:

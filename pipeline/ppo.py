@@ -22,9 +22,10 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pipeline.algorithms.kl import k1, k3
-from pipeline.algorithms.masking import masked_mean, masked_sum, whiten
+from pipeline.algorithms.masking import masked_sum, whiten
 from pipeline.algorithms.ppo import compute_gae, missing_eos_scores, policy_losses, shape_rewards, value_losses
 from pipeline.algorithms.schedules import lr_factor
 from pipeline.arguments import PPOArguments
@@ -40,7 +41,7 @@ from pipeline.models.loading import disable_dropout, load_causal_lm, load_tokeni
 from pipeline.models.roles import PolicyModel
 from pipeline.models.scalar_head import ValueModel, init_head, load_scalar_model
 from pipeline.rollout import Rollout, generate, row_uniforms
-from pipeline.scoring import Scorer, build_scorer
+from pipeline.scoring import Scorer, build_scorer, call_function, import_function
 from pipeline.stage import Run, launch
 from pipeline.training import RESUMES, clear_resumes
 
@@ -72,6 +73,7 @@ def main(run: Run[PPOArguments]) -> None:
     require_pad(tokenizer, args.parent)
     encoder = ChatEncoder(tokenizer)
     scorer = build_scorer(args.reward, encoder, accelerator.device)
+    judges = [(name, import_function(name)) for name in args.judges]
     value_parent = next((part.parent for part in scorer.parts if part.parent), None)
     run.output.inputs = {
         "parent": parent.weights_sha256,
@@ -85,12 +87,13 @@ def main(run: Run[PPOArguments]) -> None:
     checkpoint = run.output.resumable()
     state = State(**json.loads((checkpoint / "state.json").read_text())) if checkpoint else State()
     set_seed(args.seed)
-    loop = Loop(run, args, accelerator, bf16, encoder, scorer, parent, value_parent, checkpoint, state)
+    loop = Loop(run, args, accelerator, bf16, encoder, scorer, judges, parent, value_parent, checkpoint, state)
     resumed = begin(run, state.rollout)
     if args.report_to:
         accelerator.init_trackers("rlhf-pipeline", config={k: str(v) for k, v in run.output.recipe.items()},
                                   init_kwargs={"wandb": {"name": args.run_name or f"{Path(args.output_dir).parent.name}-ppo"}})
 
+    bar = tqdm(total=args.total_rollouts, initial=state.rollout, desc="ppo", unit="rollout", disable=not run.show_progress)
     while state.rollout < args.total_rollouts:
         start = time.perf_counter()
         records = prompt_batch(train_prompts, state.rollout, args)
@@ -103,12 +106,14 @@ def main(run: Run[PPOArguments]) -> None:
             figures |= loop.evaluate(eval_prompts[: args.eval_prompts])[0]
         if state.rollout % args.logging_steps == 0 or state.rollout == args.total_rollouts:
             log(run, accelerator, state.rollout, figures)
+        bar.update()
         stop = run.interrupted()
         if state.rollout % args.save_steps == 0 and state.rollout < args.total_rollouts:
             loop.save(state)
         if stop:  # the last boundary checkpoint is what the next start resumes from
             run.leave_interrupted()
 
+    bar.close()
     metrics, samples = loop.evaluate(eval_prompts)
     metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     metrics |= {"rollouts": state.rollout, "episodes": state.rollout * args.prompts_per_rollout,
@@ -197,9 +202,9 @@ class Loop:
     """The four roles, two optimizers, and what one rollout does with them."""
 
     def __init__(self, run: Run[PPOArguments], args: PPOArguments, accelerator: Accelerator, bf16: bool, encoder: ChatEncoder, scorer: Scorer,
-                 parent: Parent, value_parent: Parent | None, checkpoint: Path | None, state: State):
+                 judges: list[tuple[str, Any]], parent: Parent, value_parent: Parent | None, checkpoint: Path | None, state: State):
         self.run, self.args, self.accelerator, self.bf16 = run, args, accelerator, bf16
-        self.encoder, self.scorer, self.state = encoder, scorer, state
+        self.encoder, self.scorer, self.judges, self.state = encoder, scorer, judges, state
         policy = load_causal_lm(str(checkpoint / "policy") if checkpoint else parent.path)
         reference = load_causal_lm(parent.path)
         limit = policy.config.get_text_config()
@@ -447,6 +452,11 @@ class Loop:
         for part in policy[0]["parts"]:
             metrics[f"eval_score_{part}"] = sum(a["parts"][part] for a in policy) / n
         decode = self.encoder.tokenizer.decode
+        for judge, function in self.judges:
+            texts = [decode(a["response"], skip_special_tokens=True) for a in policy]
+            asked = [records[a["row"]] for a in policy]
+            verdicts = call_function(function, judge, [r["prompt"][-1]["content"] for r in asked], texts, [r["row"] for r in asked])
+            metrics[f"eval_{judge.split(':')[0]}"] = sum(verdicts) / n
         samples = [
             {"prompt": records[a["row"]]["prompt"][-1]["content"], "response": decode(a["response"], skip_special_tokens=True),
              "reference_response": decode(b["response"], skip_special_tokens=True), "score": a["score"], "reference_score": b["score"]}

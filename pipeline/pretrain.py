@@ -24,7 +24,15 @@ from pipeline.errors import UserError
 from pipeline.metrics import BitsPerByte, Perplexity
 from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, new_causal_lm, refuse_beyond_context
 from pipeline.stage import Run, launch
-from pipeline.training import StageTrainer, clear_resumes, measure_tokens, prepare_trainer, train, training_arguments
+from pipeline.training import (
+    StageTrainer,
+    clear_resumes,
+    measure_tokens,
+    prepare_trainer,
+    save_whole,
+    train,
+    training_arguments,
+)
 
 logger = logging.getLogger(__name__)
 SINGLE_DOCUMENT_HELD_OUT = 0.05
@@ -75,9 +83,7 @@ def main(run: Run[PretrainArguments]) -> None:
     metrics["bits_per_byte"] = BitsPerByte().compute(nll=[metrics.pop("nll")], num_bytes=[held_out_bytes])["bits_per_byte"]
     epochs = epochs_seen(sources, train_blocks, counts, trainer.state.global_step * args.examples_per_step / len(mixed))
     metrics |= {"held_out_bytes": held_out_bytes, "parameters": model.num_parameters(), "steps": trainer.state.global_step}
-    if run.is_main:
-        model.save_pretrained(args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
+    save_whole(trainer, tokenizer)
     clear_resumes(run)
     run.finish(
         parents=[parent.record()] if parent else [],

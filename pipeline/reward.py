@@ -35,7 +35,7 @@ from pipeline.models.loading import assign_pad, disable_dropout, load_tokenizer,
 from pipeline.models.scalar_head import OFFSET, init_head, load_scalar_model, score_ids
 from pipeline.scoring import call_function, import_function
 from pipeline.stage import Run, launch
-from pipeline.training import StageTrainer, clear_resumes, prepare_trainer, train, training_arguments
+from pipeline.training import StageTrainer, clear_resumes, prepare_trainer, save_whole, train, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,10 @@ def main(run: Run[RewardArguments]) -> None:
     logger.info("reward: %d rankings with %d pairs, %d held out", len(rows), sum(len(r["pairs"]) for r in rows), len(eval_rows))
     resumed = train(trainer, run)
 
-    if run.is_main:
-        _save(trainer, args, parent.path, tokenizer)
+    if args.lora is None:
+        save_whole(trainer, tokenizer)
+    elif run.is_main:
+        save_adapter(trainer, args, parent.path, tokenizer)
     run.barrier()
     final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
     offset = _demonstration_mean(final, encoder, demonstrations, args, run)
@@ -212,16 +214,15 @@ def _tensors_only(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("ids", "pairs", "margin")}
 
 
-def _save(trainer: Any, args: RewardArguments, parent_path: str, tokenizer: Any) -> None:
+def save_adapter(trainer: Any, args: RewardArguments, parent_path: str, tokenizer: Any) -> None:
+    """The adapter with its head, and the parent's fp32 weights with both merged in."""
     folder = Path(args.output_dir)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if args.lora:
-        base = load_scalar_model(parent_path)
-        assign_pad(tokenizer, base)
-        base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        save_merged(model, base, folder, args.merge_adapter)
-    else:
-        model.save_pretrained(folder)
+    base = load_scalar_model(parent_path)
+    assign_pad(tokenizer, base)
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))
+    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    save_merged(trainer.accelerator.unwrap_model(trainer.model), base, folder, args.merge_adapter)
     tokenizer.save_pretrained(folder)
 
 

@@ -28,7 +28,15 @@ from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, 
 from pipeline.rollout import greedy_responses
 from pipeline.scoring import Scorer, build_scorer
 from pipeline.stage import Run, launch
-from pipeline.training import StageTrainer, clear_resumes, measure_tokens, prepare_trainer, train, training_arguments
+from pipeline.training import (
+    StageTrainer,
+    clear_resumes,
+    measure_tokens,
+    prepare_trainer,
+    save_whole,
+    train,
+    training_arguments,
+)
 
 logger = logging.getLogger(__name__)
 Example = tuple[list[int], list[int]]
@@ -88,8 +96,10 @@ def main(run: Run[SFTArguments]) -> None:
     metrics |= {"demonstrations": len(train_examples), "held_out_demonstrations": len(held_out), "steps": trainer.state.global_step}
     if args.best_metric != "none" and trainer.state.best_global_step is not None:
         metrics["best_step"] = trainer.state.best_global_step
-    if run.is_main:
-        _save(trainer, args, parent.path, tokenizer)
+    if args.lora is None:
+        save_whole(trainer, tokenizer)
+    elif run.is_main:
+        save_adapter(trainer, args, parent.path, tokenizer)
     clear_resumes(run)
     run.finish(
         parents=[parent.record()],
@@ -169,15 +179,14 @@ def mixture(sources: list[Source], parts: list[list[Example]], seed: int) -> lis
     return mixed
 
 
-def _save(trainer: Any, args: SFTArguments, parent_path: str, tokenizer: Any) -> None:
+def save_adapter(trainer: Any, args: SFTArguments, parent_path: str, tokenizer: Any) -> None:
+    """The adapter, and the parent's fp32 weights with the adapter merged in."""
     folder = Path(args.output_dir)
-    if args.lora:
-        base = load_causal_lm(parent_path)
-        assign_pad(tokenizer, base)
-        base.resize_token_embeddings(max(len(tokenizer), base.get_input_embeddings().weight.shape[0]))
-        save_merged(trainer.accelerator.unwrap_model(trainer.model), base, folder, args.merge_adapter)
-    else:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+    base = load_causal_lm(parent_path)
+    assign_pad(tokenizer, base)
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))
+    save_merged(trainer.accelerator.unwrap_model(trainer.model), base, folder, args.merge_adapter)
     tokenizer.save_pretrained(folder)
 
 

@@ -237,3 +237,12 @@ def measure_tokens(trainer: Any, rows: Any, rows_per_batch: int) -> tuple[float,
     total = torch.tensor([[nll, tokens, hits]], dtype=torch.float64)
     total = state.gather(total.to(state.device) if state.device.type != "mps" else total.float()).sum(0)
     return float(total[0]), int(total[1]), int(total[2])
+
+
+def save_whole(trainer: Any, tokenizer: Any) -> None:
+    """All weights to the output folder, from every backend: called by every rank, written by one."""
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(folder)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what lineage.json says in the open

@@ -1,0 +1,95 @@
+"""`rlhf check`: is a recipe sane, before anything is launched: YAML, data, tokenizer, template, lengths, hand-offs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import arguments
+from pipeline.arguments import STAGES, recipe_stages
+from pipeline.checkpoints import verify_parent
+from pipeline.data.encoding import ChatEncoder, document_ids
+from pipeline.data.records import Record
+from pipeline.data.sources import Source, read_sources
+from pipeline.data.tokenizer import train_tokenizer
+from pipeline.errors import UserError
+from pipeline.models.loading import load_tokenizer
+from pipeline.scoring import import_function
+
+KINDS = {"pretrain": "document", "sft": "demonstration", "reward": "ranking", "ppo": "prompt"}
+PARENTS = {"pretrain": ("pretrain", "sft", "ppo"), "sft": ("pretrain", "sft", "ppo"), "reward": ("pretrain", "sft", "reward", "ppo"), "ppo": ("sft", "ppo")}
+ENCODED = 2000  # rows whose lengths are measured
+
+
+def check_recipe(recipe: str, data_root: str | None) -> int:
+    """Check every stage; prints one table, raises UserError at the first thing that is wrong."""
+    path = Path(recipe)
+    stages = {path.stem: path} if path.is_file() else {name: path / f"{name}.yaml" for name in recipe_stages(path)}
+    for name in stages:
+        if name not in STAGES:
+            raise UserError(f"{recipe!r}: a stage's file is called one of {', '.join(f'{s}.yaml' for s in STAGES)}")
+    table = Table("stage", "dataset", "rows", "tokens: median / longest", "parent", title=f"{recipe}: fine")
+    tokenizer: Any = None
+    outputs: set[str] = set()
+    for name, file in stages.items():
+        flags = ["--config", str(file), *(["--data_root", data_root] if data_root else [])]
+        args: Any = arguments.load(STAGES[name], flags)
+        sources = read_sources(args.datasets, KINDS[name], args.data_root)
+        read_sources(getattr(args, "center_on", []), "demonstration", args.data_root)
+        eval_sources = read_sources(getattr(args, "eval_datasets", []), "prompt", args.data_root)
+        for function in [getattr(args, "truth", None), *getattr(args, "judges", []), *(s.function for s in getattr(args, "reward", []))]:
+            if function:
+                import_function(function)
+        parent = args.parent
+        if parent and parent not in outputs:  # else an earlier stage of this recipe writes it
+            folder = verify_parent(parent, PARENTS[name])
+            tokenizer = load_tokenizer(folder.path)
+        for source in getattr(args, "reward", []):
+            if source.model and source.model not in outputs:
+                verify_parent(source.model, ("reward",))
+        if name == "pretrain" and not parent:
+            texts = [record["text"] for source in sources for record in source.records]
+            tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts, args.train_tokenizer.vocab_size)
+        for source in [*sources, *eval_sources]:
+            lengths = sorted(_lengths(name, source, tokenizer))
+            _refuse_lengths(name, source, lengths, args)
+            table.add_row(name, source.name, f"{len(source.records):,}", f"{lengths[len(lengths) // 2]} / {lengths[-1]}", parent or "—")
+        outputs.add(args.output_dir)
+    Console().print(table)
+    return 0
+
+
+def _lengths(stage: str, source: Source, tokenizer: Any) -> list[int]:
+    records = source.records[:ENCODED]
+    if stage == "pretrain":
+        return [len(ids) for ids in document_ids(tokenizer, [r["text"] for r in records])]
+    if not tokenizer.chat_template:
+        from pipeline.data.encoding import PLAIN_TEMPLATE
+
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    encoder = ChatEncoder(tokenizer)
+    return [_length(stage, record, encoder) for record in records]
+
+
+def _length(stage: str, record: Record, encoder: ChatEncoder) -> int:
+    if stage == "sft":
+        return len(encoder.dialogue(record["messages"])[0])
+    prompt = len(encoder.prompt_ids(record["prompt"]))
+    if stage == "ppo":
+        return prompt
+    return prompt + max(len(encoder.response_ids(response)) for response in record["responses"])
+
+
+def _refuse_lengths(stage: str, source: Source, lengths: list[int], args: Any) -> None:
+    """More than half of the rows too long is no accident of the data but of the recipe."""
+    limit = args.max_prompt_tokens if stage == "ppo" else getattr(args, "max_tokens", None)
+    if limit is None:
+        return
+    over = sum(length > limit for length in lengths)
+    if over * 2 > len(lengths) or (stage == "ppo" and over and args.long_prompts == "error"):
+        key = "max_prompt_tokens" if stage == "ppo" else "max_tokens"
+        raise UserError(f"{stage}: {over} of {len(lengths)} rows of {source.name} exceed {key} ({limit}); raise it"
+                        + (", or say `long_prompts: drop`" if stage == "ppo" else ""))

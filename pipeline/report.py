@@ -1,0 +1,294 @@
+"""`rlhf report`: what a run got: every stage answers the same held-out prompts, every judge scores the answers.
+
+Writes `report/report.json` (all figures) and `report/index.html` (one self-contained page).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.arguments import DatasetEntry
+from pipeline.checkpoints import read_lineage, weights_sha256, write_json
+from pipeline.data.encoding import ChatEncoder, forbidden_ids
+from pipeline.data.records import Record, parse_prompt, read_jsonl
+from pipeline.data.sources import read_sources
+from pipeline.data.splits import split_records
+from pipeline.errors import UserError
+from pipeline.metrics import WinRate, history
+from pipeline.models.loading import load_causal_lm, load_tokenizer
+from pipeline.rollout import generate, row_uniforms
+from pipeline.scoring import call_function, import_function, score
+
+logger = logging.getLogger(__name__)
+STAGES = ("pretrain", "sft", "reward", "ppo")
+ANSWERING = ("pretrain", "sft", "ppo")
+SAMPLES = 24
+SEED = 2**30
+
+
+def write_report(run_dir: str, judges: Sequence[str] = (), prompts_file: str | None = None, num_prompts: int = 200,
+                 data_root: str | None = None) -> Path:
+    """Measure the run in `run_dir` and write its report; what is missing or changed is said in it, the rest reported.
+
+    Raises:
+        UserError: no stage is there, or no held-out prompts can be found.
+    """
+    folder = Path(run_dir)
+    lineages, notes = read_run(folder)
+    prompts = held_out_prompts(lineages, prompts_file, num_prompts, data_root)
+    ppo_recipe = lineages.get("ppo", {}).get("recipe", {})
+    judge_names = list(dict.fromkeys([*judges, *ppo_recipe.get("judges", [])]))
+    answers = {name: sample_answers(folder / name, prompts, ppo_recipe) for name in ANSWERING if name in lineages}
+    scores = {name: judge_answers(folder, lineages, prompts, texts, judge_names) for name, texts in answers.items()}
+    stages = {name: stage_figures(lineage) for name, lineage in lineages.items()}
+    report: dict[str, Any] = {
+        "run": folder.name,
+        "stages": stages,
+        "seconds": {name: lineage["seconds"] for name, lineage in lineages.items()},
+        "win_rates": win_rates(scores),
+        "frontier": frontier(folder),
+        "agreement": agreement(scores),
+        "samples": samples(prompts, answers, scores),
+        "lineage": lineages,
+        "notes": notes,
+    }
+    target = folder / "report"
+    target.mkdir(exist_ok=True)
+    write_json(target / "report.json", report)
+    (target / "index.html").write_text(render(report, plots(folder, lineages)), encoding="utf-8")
+    print(f"report: {_summary(report)}{target / 'index.html'}")
+    return target
+
+
+def read_run(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Lineages of the finished stages, and notes on what is missing or no longer what it was."""
+    lineages, notes = {}, []
+    for name in STAGES:
+        if not (folder / name).is_dir():
+            continue
+        lineage = read_lineage(folder / name)
+        if lineage is None:
+            notes.append(f"{name}: not finished; {folder / name} has no lineage.json")
+            continue
+        if weights_sha256(folder / name) != lineage["weights_sha256"]:
+            notes.append(f"{name}: its weights changed after the stage finished; the figures below may not be theirs")
+        lineages[name] = lineage
+        for parent in lineage["parents"]:
+            stage = parent.get("stage")
+            if stage in lineages and lineages[stage]["weights_sha256"] != parent["weights_sha256"]:
+                notes.append(f"{name}: was trained from another {stage} than the one that lies here now")
+    if not lineages:
+        raise UserError(f"{str(folder)!r} holds no finished stage; run `rlhf run RECIPE --output-dir {folder}` first")
+    return lineages, notes
+
+
+def held_out_prompts(lineages: dict[str, Any], prompts_file: str | None, number: int, data_root: str | None) -> list[Record]:
+    """The PPO recipe's held-out prompts, or those of `prompts_file`."""
+    if prompts_file:
+        return read_jsonl(Path(prompts_file), parse_prompt, number)
+    recipe = next((lineages[name]["recipe"] for name in ("ppo", "sft") if name in lineages), None)
+    if recipe is None:
+        return []
+    root = data_root or recipe["data_root"]
+    entries = recipe.get("eval_datasets") or recipe["datasets"]
+    sources = read_sources([DatasetEntry(**entry) for entry in entries], "prompt", root)
+    records = [record for source in sources for record in source.records]
+    if not recipe.get("eval_datasets"):
+        records = split_records(records, recipe["held_out_fraction"])[1]
+    return records[:number]
+
+
+@torch.no_grad()
+def sample_answers(folder: Path, prompts: list[Record], ppo_recipe: dict[str, Any]) -> list[str]:
+    """One sampled answer to each prompt, with the same random numbers for every stage."""
+    tokenizer = load_tokenizer(str(folder))
+    model = load_causal_lm(str(folder)).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    encoder = ChatEncoder(tokenizer)
+    limit = ppo_recipe.get("max_response_tokens", 64)
+    ids = [encoder.prompt_ids(record["prompt"]) for record in prompts]
+    uniforms = row_uniforms(SEED, range(len(ids)), limit)
+    forbidden = forbidden_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
+    texts: list[str] = []
+    for start in range(0, len(ids), 32):
+        part = generate(model, ids[start : start + 32], uniforms[start : start + 32], max_new_tokens=limit, stop_ids=[encoder.eos_id],
+                        pad_id=tokenizer.pad_token_id, forbidden=forbidden, temperature=ppo_recipe.get("temperature", 1.0))
+        texts += [tokenizer.decode(r, skip_special_tokens=True) for r in part]
+    return texts
+
+
+def judge_answers(folder: Path, lineages: dict[str, Any], prompts: list[Record], texts: list[str], judges: list[str]) -> dict[str, list[float]]:
+    """Every judge's score of every answer: the run's reward model as `reward`, Python judges by module name."""
+    found: dict[str, list[float]] = {}
+    if "reward" in lineages:
+        found["reward"] = score([r["prompt"] for r in prompts], texts, str(folder / "reward"))
+    for name in judges:
+        function = import_function(name)
+        found[name.split(":")[0]] = call_function(function, name, [r["prompt"][-1]["content"] for r in prompts], texts, [r["row"] for r in prompts])
+    return found
+
+
+def stage_figures(lineage: dict[str, Any]) -> dict[str, Any]:
+    return {**lineage["metrics"], "flops": lineage["flops"], "processes": lineage["processes"]}
+
+
+def win_rates(scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+    """Each stage against each earlier one, by every judge; ties count one half."""
+    rows = []
+    names = [name for name in ANSWERING if name in scores]
+    for position, candidate in enumerate(names):
+        for baseline in reversed(names[:position]):
+            for judge in scores[candidate]:
+                result = WinRate()._compute(scores[candidate][judge], scores[baseline][judge])
+                rows.append({"candidate": candidate, "baseline": baseline, "judge": judge, **result})
+    return rows
+
+
+def frontier(folder: Path) -> list[dict[str, Any]]:
+    """Every evaluation of the PPO run: its KL, the trained score, and each judge's."""
+    points = []
+    for row in history.read(folder / "ppo"):
+        if "eval_kl" in row:
+            point = {"step": row["step"], "kl": row["eval_kl"], "reward": row["eval_score"]}
+            point |= {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and k not in ("eval_kl", "eval_score")}
+            points.append(point)
+    return points
+
+
+def agreement(scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+    """Correlation of the reward model's scores with each Python judge's, on each stage's answers."""
+    rows = []
+    for stage, judged in scores.items():
+        for judge, values in judged.items():
+            if judge != "reward" and "reward" in judged and np.std(values) > 0 and np.std(judged["reward"]) > 0:
+                r = float(np.corrcoef(judged["reward"], values)[0, 1])
+                rows.append({"stage": stage, "judge": judge, "pearson_r": r, "answers": len(values)})
+    return rows
+
+
+def samples(prompts: list[Record], answers: dict[str, list[str]], scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": record["prompt"][-1]["content"],
+            "responses": {
+                stage: {"text": texts[i], "scores": {judge: round(values[i], 3) for judge, values in scores[stage].items()}}
+                for stage, texts in answers.items()
+            },
+        }
+        for i, record in enumerate(prompts[:SAMPLES])
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+CURVES = {
+    "pretrain": [("Loss", "nats a token", ["loss", "eval_loss"])],
+    "sft": [("Loss", "nats a response token", ["loss", "eval_loss"])],
+    "reward": [("Loss", "nats a pair", ["loss", "eval_loss"])],
+    "ppo": [
+        ("Score", "reward-model units", ["score", "eval_score"]),
+        ("KL from the SFT model", "nats a response", ["kl", "eval_kl"]),
+        ("Response length", "tokens", ["response_tokens", "eval_response_tokens"]),
+        ("Entropy", "nats a token", ["entropy"]),
+    ],
+}
+NAMES = {"loss": "training", "eval_loss": "held out", "score": "training", "eval_score": "held out", "kl": "training", "eval_kl": "held out",
+         "response_tokens": "training", "eval_response_tokens": "held out", "entropy": "training"}
+
+
+def plots(folder: Path, lineages: dict[str, Any]) -> dict[str, list[str]]:
+    """SVG curves of each stage from its history."""
+    drawn: dict[str, list[str]] = {}
+    for stage in lineages:
+        rows = history.read(folder / stage)
+        drawn[stage] = []
+        for title, unit, keys in CURVES[stage]:
+            series = {NAMES[key]: [(row["step"], row[key]) for row in rows if key in row] for key in keys}
+            series = {name: points for name, points in series.items() if points}
+            if series:
+                drawn[stage].append(_curve(f"{stage}: {title}", "rollout" if stage == "ppo" else "optimizer step", unit, series))
+        points = frontier(folder) if stage == "ppo" else []
+        judges = [key for key in points[0] if key in {n.split(":")[0] for n in lineages["ppo"]["recipe"].get("judges", [])}] if points else []
+        for judge in judges:
+            drawn[stage].append(_curve(f"ppo: {judge} over KL, held out", "KL, nats a response", f"mean {judge}", {judge: [(p["kl"], p[judge]) for p in points]}))
+    return drawn
+
+
+def _curve(title: str, xlabel: str, ylabel: str, series: dict[str, list[tuple[float, float]]]) -> str:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = pyplot.subplots(figsize=(4.6, 2.9), layout="constrained")
+        for (name, points), color, marker in zip(series.items(), ("#2563eb", "#d97706", "#059669"), (None, "o", "s"), strict=False):
+            few = len(points) < 20
+            axes.plot(*zip(*points, strict=True), label=name, color=color, marker=marker if few else None, markersize=4, linewidth=1.6)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(alpha=0.25)
+        if len(series) > 1:
+            axes.legend(frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+    svg = buffer.getvalue()
+    # Text and axes take the page's colour, so the plot reads in light and in dark.
+    return svg[svg.index("<svg") :].replace("#000000", "currentColor").replace("stroke: #000", "stroke: currentColor")
+
+
+def render(report: dict[str, Any], drawn: dict[str, list[str]]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["figure"] = _figure
+    template = environment.get_template("report.html.j2")
+    return template.render(report=report, plots=drawn, headlines=_headlines(report), data=json.dumps(report, ensure_ascii=False).replace("</", "<\\/"))
+
+
+def _headlines(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(label, figure, note) of the boxes on top."""
+    stages, boxes = report["stages"], []
+    if "pretrain" in stages:
+        boxes.append(("Perplexity", _figure(stages["pretrain"]["perplexity"]), "pretrained model, held-out text"))
+    if "reward" in stages:
+        ceiling = stages["reward"].get("noise_ceiling")
+        note = "reward model, held-out pairs" + (f"; noise allows {ceiling:.1%}" if ceiling else "")
+        boxes.append(("Accuracy", f"{stages['reward']['accuracy']:.1%}", note))
+    for row in report["win_rates"]:
+        if (row["candidate"], row["baseline"]) in (("ppo", "sft"), ("sft", "pretrain")):
+            boxes.append((f"{row['candidate']} over {row['baseline']}", f"{row['win_rate']:.0%}", f"wins by {row['judge']}, 95 % [{row['ci95'][0]:.0%}, {row['ci95'][1]:.0%}]"))
+    if "ppo" in stages:
+        boxes.append(("KL", _figure(stages["ppo"]["kl"]), "nats a response, PPO from SFT"))
+    boxes.append(("Training", f"{sum(report['seconds'].values()):.0f} s", "wall time of all stages"))
+    return boxes
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.3e}" if abs(value) >= 1e6 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_figure(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_figure(v)}" for k, v in value.items())
+    return str(value)
+
+
+def _summary(report: dict[str, Any]) -> str:
+    wins = [f"{row['candidate']} beats {row['baseline']} in {row['win_rate']:.1%} ({row['judge']})" for row in report["win_rates"]
+            if (row["candidate"], row["baseline"]) in (("ppo", "sft"), ("sft", "pretrain"))]
+    return ", ".join(wins) + (" · " if wins else "")

@@ -1,0 +1,133 @@
+"""`rlhf run`: the stages of a recipe in order, each by `accelerate launch`; completion is judged by lineage alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+from pipeline.arguments import STAGES, read_recipe, recipe_stages
+from pipeline.checkpoints import read_lineage
+from pipeline.errors import UserError
+from pipeline.stage import ERROR_FILE, TERMINAL
+
+PIPELINE = Path(__file__).resolve().parent
+
+
+def run_recipe(args: argparse.Namespace) -> int:
+    folder = Path(args.recipe)
+    stages = recipe_stages(folder)
+    for name in (args.first, args.last):
+        if name is not None and name not in stages:
+            raise UserError(f"{str(folder)!r} has no stage {name!r}; it has: {', '.join(stages)}")
+    recipes = {name: read_recipe(folder / f"{name}.yaml", STAGES[name])[0] for name in stages}
+    first = stages.index(args.first) if args.first else 0
+    last = stages.index(args.last) if args.last else len(stages) - 1
+    outputs = {
+        name: str(Path(args.output_dir) / name) if args.output_dir else str(recipes[name].get("output_dir", "")) for name in stages
+    }
+    moved = {str(recipes[name].get("output_dir")): outputs[name] for name in stages}
+    for position, name in enumerate(stages[first : last + 1]):
+        flags = stage_flags(name, recipes[name], outputs[name], moved, args)
+        if args.parent and position == 0:
+            flags += ["--parent", args.parent]
+        code = launch_stage(name, ["--config", str(folder / f"{name}.yaml"), *flags], args)
+        if code:
+            return code
+        lineage = read_lineage(Path(outputs[name]))
+        if lineage is None or lineage["status"] != "complete":
+            print(f"error: {name} ended without a complete lineage.json in {outputs[name]}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def stage_flags(name: str, recipe: dict[str, Any], output: str, moved: dict[str, str], args: argparse.Namespace) -> list[str]:
+    """Flags that move a stage into the run's folder: its output, and parents that the same recipe writes."""
+    flags = ["--output_dir", output]
+    parent = recipe.get("parent")
+    if parent in moved and moved[parent] != parent:
+        flags += ["--parent", moved[parent]]
+    rewards = recipe.get("reward")
+    if name == "ppo" and rewards and any(source.model in moved for source in rewards):
+        if len(rewards) > 1 or rewards[0].weight != 1.0:
+            if args.output_dir:
+                raise UserError("--output-dir cannot move a weighted list of rewards; write the folders into the recipe")
+        else:
+            flags += ["--reward", moved[rewards[0].model]]
+    if args.data_root:
+        flags += ["--data_root", args.data_root]
+    if args.seed is not None:
+        flags += ["--seed", str(args.seed)]
+    if args.quiet:
+        flags += ["--quiet", "true"]
+    return flags
+
+
+def launch_stage(name: str, flags: list[str], args: argparse.Namespace) -> int:
+    """One stage under `accelerate launch`; signals go to its whole process group. Returns the stage's true exit code."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    environment = dict(os.environ)
+    processes = args.num_processes or 1
+    import torch
+
+    if args.accelerate:
+        command += ["--config_file", args.accelerate]
+        if args.num_processes:
+            command += ["--num_processes", str(processes)]
+    elif torch.cuda.is_available():
+        command += ["--num_processes", str(processes), *(["--multi_gpu"] if processes > 1 else [])]
+    else:
+        environment["ACCELERATE_USE_CPU"] = "true"
+        # `--cpu --num_processes 2` starts one process, silently; this starts two on gloo.
+        command += ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--cpu", "--num_processes", "1"]
+    # accelerate would set one thread a process.
+    if sys.stderr.isatty():
+        environment[TERMINAL] = "1"  # the stage itself writes into a pipe
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    with tempfile.TemporaryDirectory() as scratch:
+        error_file = Path(scratch) / "error.json"
+        environment[ERROR_FILE] = str(error_file)
+        process = subprocess.Popen([*command, str(PIPELINE / f"{name}.py"), *flags], env=environment, stderr=subprocess.PIPE,
+                                   start_new_session=True)
+        received: list[int] = []
+
+        def forward(number: int, frame: types.FrameType | None) -> None:
+            received.append(number)
+            os.killpg(process.pid, number)
+
+        before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            tail = _relay(process)
+            process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if error_file.is_file():
+            print(f"error: {name}: {json.loads(error_file.read_text())['message']}", file=sys.stderr)
+            return 2
+        if received:
+            return 128 + received[0]
+        if process.returncode:
+            print(f"error: {name} failed (exit code {process.returncode}); its last words:\n{tail}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _relay(process: subprocess.Popen[bytes]) -> str:
+    """Pass the stage's own words on; keep the launcher's tracebacks for the case that nothing else explains a failure."""
+    assert process.stderr is not None
+    kept, hidden = b"", False
+    while chunk := os.read(process.stderr.fileno(), 65536):
+        kept = (kept + chunk)[-8000:]
+        hidden = hidden or any(mark in kept for mark in (b"Traceback (most recent call last)", b"error: "))
+        if not hidden:
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.flush()
+    return kept.decode(errors="replace")
