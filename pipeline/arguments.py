@@ -175,7 +175,9 @@ class PretrainArguments(TrainerArguments):
         if self.parent is None and self.tokenizer is None and self.train_tokenizer is None:
             raise ValueError("a new model needs `train_tokenizer:` (trains one) or `tokenizer:` (takes one)")
         if self.parent is not None and (self.train_tokenizer is not None or self.tokenizer is not None):
-            raise ValueError("a continued checkpoint keeps its tokenizer; drop `tokenizer:`/`train_tokenizer:` or `parent:`")
+            raise ValueError(
+                "a continued checkpoint keeps its tokenizer; drop `tokenizer:`/`train_tokenizer:` or `parent:`"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +206,9 @@ class SFTArguments(AdapterArguments):
 
     packing: bool = key(True, "pack several examples into one row of max_tokens, kept apart by position")
     loss_on: Literal["responses", "all"] = key("responses", "all: prompts too (as Huang et al. 2024)")
-    best_metric: Literal["none", "loss", "token_accuracy", "score"] = key("none", "evaluation metric that picks the kept checkpoint; none: the last")
+    best_metric: Literal["none", "loss", "token_accuracy", "score"] = key(
+        "none", "evaluation metric that picks the kept checkpoint; none: the last"
+    )
     score: list[RewardSource] = key([], "reward of sampled held-out responses, for best_metric: score")
     score_prompts: int = key(64, "held-out prompts answered greedily for best_metric: score")
     max_response_tokens: int = key(64, "longest sampled response for best_metric: score")
@@ -251,9 +255,13 @@ class PPOArguments(StageArguments):
 
     parent: str = key("", "folder or Hub id of the SFT model: policy and reference")
     reward: list[RewardSource] = key([], "what scores a response: models, functions, or a weighted list of both")
-    value_init: Literal["reward", "policy"] = key("reward", "value network from the reward model (S20) or from the policy's trunk")
+    value_init: Literal["reward", "policy"] = key(
+        "reward", "value network from the reward model (S20) or from the policy's trunk"
+    )
     eval_datasets: list[DatasetEntry] = key([], "held-out prompts; default: held_out_fraction of datasets")
-    judges: list[str] = key([], "Python judges (module:function) that evaluations and the report ask, never the training")
+    judges: list[str] = key(
+        [], "Python judges (module:function) that evaluations and the report ask, never the training"
+    )
     total_rollouts: int = key(100, "rollouts; episodes are this times prompts_per_rollout")
     prompts_per_rollout: int = key(64, "prompts answered in one rollout, over all processes")
     minibatches: int = key(4, "optimizer steps of each network in one epoch over a rollout")
@@ -264,7 +272,9 @@ class PPOArguments(StageArguments):
     temperature: float = key(1.0, "divides the logits everywhere: sampling, old, new and reference (A18)")
     stop_tokens: list[str] = key([], "further tokens that end a response, beside EOS")
     kl_coef: float = key(0.05, "beta of the per-token KL penalty, k1 estimator (S20, N+: 0.05; I22: 0.02)")
-    missing_eos: Literal["none", "replace", "subtract"] = key("replace", "what a response without a stop token gets (A20)")
+    missing_eos: Literal["none", "replace", "subtract"] = key(
+        "replace", "what a response without a stop token gets (A20)"
+    )
     missing_eos_score: float = key(-1.0, "replace: the score itself; subtract: its size is taken off")
     gamma: float = key(1.0, "discount per token")
     gae_lambda: float = key(0.95, "GAE's lambda")
@@ -280,7 +290,9 @@ class PPOArguments(StageArguments):
     max_grad_norm: float = key(1.0, "clip of each network's gradient norm")
     micro_batch_tokens: int = key(4096, "padded tokens in one forward pass with gradients, of one process")
     generation_rows: int = key(64, "rows sampled together in one process")
-    eval_rollouts: int | None = key(None, "rollouts between two evaluations on held-out prompts; default: only at the end")
+    eval_rollouts: int | None = key(
+        None, "rollouts between two evaluations on held-out prompts; default: only at the end"
+    )
     eval_prompts: int = key(64, "held-out prompts answered at an evaluation")
     logging_steps: int = key(1, "rollouts between two logged lines")
     save_steps: int = key(10, "rollouts between two resumable checkpoints")
@@ -367,8 +379,10 @@ def load(stage: type[Arguments], argv: Sequence[str]) -> Arguments:
     for name, (low, high) in stage.ranges.items():
         value = getattr(parsed, name)
         if value is not None and not low <= value <= high:
-            where = {"file": path, "line": lines[name]} if name in lines and values.get(name) == value else {}
-            raise UserError(f"{name}: {value} is out of range; it must lie between {low:g} and {high:g}", **where)
+            message = f"{name}: {value} is out of range; it must lie between {low:g} and {high:g}"
+            if name in lines and values.get(name) == value:
+                raise UserError(message, file=path, line=lines[name])
+            raise UserError(message)
     return parsed
 
 
@@ -380,7 +394,7 @@ def _parse_flags(stage: type[Arguments], values: dict[str, Any], argv: list[str]
             raise UserError(f"command line: {message}; `--help` lists the keys")
 
     # Values of a recipe arrive checked and built; the parser must not see their types, only the flags'.
-    parser = Parser(dataclass_types=[stage])
+    parser = Parser(dataclass_types=[typing.cast(Any, stage)])
     parser.set_defaults_with_config(**values)
     for action in parser._actions:
         if action.type is RewardSource:

@@ -20,7 +20,12 @@ from pipeline.models.loading import load_tokenizer
 from pipeline.scoring import import_function
 
 KINDS = {"pretrain": "document", "sft": "demonstration", "reward": "ranking", "ppo": "prompt"}
-PARENTS = {"pretrain": ("pretrain", "sft", "ppo"), "sft": ("pretrain", "sft", "ppo"), "reward": ("pretrain", "sft", "reward", "ppo"), "ppo": ("sft", "ppo")}
+PARENTS = {
+    "pretrain": ("pretrain", "sft", "ppo"),
+    "sft": ("pretrain", "sft", "ppo"),
+    "reward": ("pretrain", "sft", "reward", "ppo"),
+    "ppo": ("sft", "ppo"),
+}
 ENCODED = 2000  # rows whose lengths are measured
 
 
@@ -40,7 +45,11 @@ def check_recipe(recipe: str, data_root: str | None) -> int:
         sources = read_sources(args.datasets, KINDS[name], args.data_root)
         read_sources(getattr(args, "center_on", []), "demonstration", args.data_root)
         eval_sources = read_sources(getattr(args, "eval_datasets", []), "prompt", args.data_root)
-        for function in [getattr(args, "truth", None), *getattr(args, "judges", []), *(s.function for s in getattr(args, "reward", []))]:
+        for function in [
+            getattr(args, "truth", None),
+            *getattr(args, "judges", []),
+            *(s.function for s in getattr(args, "reward", [])),
+        ]:
             if function:
                 import_function(function)
         parent = args.parent
@@ -52,11 +61,21 @@ def check_recipe(recipe: str, data_root: str | None) -> int:
                 verify_parent(source.model, ("reward",))
         if name == "pretrain" and not parent:
             texts = [record["text"] for source in sources for record in source.records]
-            tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts, args.train_tokenizer.vocab_size)
+            tokenizer = (
+                load_tokenizer(args.tokenizer)
+                if args.tokenizer
+                else train_tokenizer(texts, args.train_tokenizer.vocab_size)
+            )
         for source in [*sources, *eval_sources]:
             lengths = sorted(_lengths(name, source, tokenizer))
             _refuse_lengths(name, source, lengths, args)
-            table.add_row(name, source.name, f"{len(source.records):,}", f"{lengths[len(lengths) // 2]} / {lengths[-1]}", parent or "—")
+            table.add_row(
+                name,
+                source.name,
+                f"{len(source.records):,}",
+                f"{lengths[len(lengths) // 2]} / {lengths[-1]}",
+                parent or "—",
+            )
         outputs.add(args.output_dir)
     Console().print(table)
     return 0
@@ -91,5 +110,7 @@ def _refuse_lengths(stage: str, source: Source, lengths: list[int], args: Any) -
     over = sum(length > limit for length in lengths)
     if over * 2 > len(lengths) or (stage == "ppo" and over and args.long_prompts == "error"):
         key = "max_prompt_tokens" if stage == "ppo" else "max_tokens"
-        raise UserError(f"{stage}: {over} of {len(lengths)} rows of {source.name} exceed {key} ({limit}); raise it"
-                        + (", or say `long_prompts: drop`" if stage == "ppo" else ""))
+        raise UserError(
+            f"{stage}: {over} of {len(lengths)} rows of {source.name} exceed {key} ({limit}); raise it"
+            + (", or say `long_prompts: drop`" if stage == "ppo" else "")
+        )

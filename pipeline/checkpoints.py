@@ -110,9 +110,7 @@ def verify_parent(path: str, stages: tuple[str, ...]) -> Parent:
     actual = weights_sha256(folder)
     if actual != lineage["weights_sha256"]:
         raise UserError(f"parent {path!r}: its weights changed after the stage finished (sha256 differs); run it again")
-    return Parent(
-        path, lineage["stage"], actual, lineage.get("tokenizer_sha256"), lineage.get("chat_template_sha256")
-    )
+    return Parent(path, lineage["stage"], actual, lineage.get("tokenizer_sha256"), lineage.get("chat_template_sha256"))
 
 
 def _hub_parent(name: str) -> Parent:
@@ -185,7 +183,9 @@ class StageOutput:
         """
         lineage = read_lineage(self.folder)
         if lineage is not None:
-            self._refuse_other(lineage.get("fingerprint"), lineage.get("recipe", {}), lineage.get("stage"), "finished run")
+            self._refuse_other(
+                lineage.get("fingerprint"), lineage.get("recipe", {}), lineage.get("stage"), "finished run"
+            )
             self._remove_checkpoints()
             return True
         return False

@@ -15,7 +15,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="all stages of a recipe, in order; finished ones are skipped, interrupted ones resume")
+    run = commands.add_parser(
+        "run", help="all stages of a recipe, in order; finished ones are skipped, interrupted ones resume"
+    )
     run.add_argument("recipe", help="folder with pretrain.yaml, sft.yaml, reward.yaml, ppo.yaml (any of them)")
     run.add_argument("--output-dir", help="folder of the run; default: what the recipe's stages say")
     run.add_argument("--from", dest="first", metavar="STAGE", help="first stage to run")
@@ -33,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     report = commands.add_parser("report", help="measure a run and write report/report.json and report/index.html")
     report.add_argument("run_dir", help="folder that holds the stages' outputs, e.g. runs/demo")
-    report.add_argument("--judge", action="append", default=[], metavar="MODULE:FUNCTION", help="Python judge; may be given again")
+    report.add_argument(
+        "--judge", action="append", default=[], metavar="MODULE:FUNCTION", help="Python judge; may be given again"
+    )
     report.add_argument("--prompts", metavar="FILE", help="held-out prompts; default: those of the PPO recipe")
     report.add_argument("--num-prompts", type=int, default=200, help="held-out prompts answered by every stage")
     report.add_argument("--data-root", default=None, help="what relative dataset paths are relative to")
@@ -61,5 +65,11 @@ def _dispatch(args: argparse.Namespace) -> int:
         return check_recipe(args.recipe, args.data_root)
     from pipeline.report import write_report
 
-    write_report(args.run_dir, judges=args.judge, prompts_file=args.prompts, num_prompts=args.num_prompts, data_root=args.data_root)
+    write_report(
+        args.run_dir,
+        judges=args.judge,
+        prompts_file=args.prompts,
+        num_prompts=args.num_prompts,
+        data_root=args.data_root,
+    )
     return 0

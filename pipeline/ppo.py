@@ -63,7 +63,9 @@ class State:
 def main(run: Run[PPOArguments]) -> None:
     args = run.args
     bf16 = resolve_precision(args.precision)
-    accelerator = Accelerator(mixed_precision="no", log_with=list(args.report_to) or None, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision="no", log_with=list(args.report_to) or None, cpu=not torch.cuda.is_available()
+    )
     refuse_backend(accelerator, args)
     parent = verify_parent(args.parent, ("sft", "ppo"))
     sources = read_sources(args.datasets, "prompt", args.data_root)
@@ -90,10 +92,15 @@ def main(run: Run[PPOArguments]) -> None:
     loop = Loop(run, args, accelerator, bf16, encoder, scorer, judges, parent, value_parent, checkpoint, state)
     resumed = begin(run, state.rollout)
     if args.report_to:
-        accelerator.init_trackers("rlhf-pipeline", config={k: str(v) for k, v in run.output.recipe.items()},
-                                  init_kwargs={"wandb": {"name": args.run_name or f"{Path(args.output_dir).parent.name}-ppo"}})
+        accelerator.init_trackers(
+            "rlhf-pipeline",
+            config={k: str(v) for k, v in run.output.recipe.items()},
+            init_kwargs={"wandb": {"name": args.run_name or f"{Path(args.output_dir).parent.name}-ppo"}},
+        )
 
-    bar = tqdm(total=args.total_rollouts, initial=state.rollout, desc="ppo", unit="rollout", disable=not run.show_progress)
+    bar = tqdm(
+        total=args.total_rollouts, initial=state.rollout, desc="ppo", unit="rollout", disable=not run.show_progress
+    )
     while state.rollout < args.total_rollouts:
         start = time.perf_counter()
         records = prompt_batch(train_prompts, state.rollout, args)
@@ -116,8 +123,13 @@ def main(run: Run[PPOArguments]) -> None:
     bar.close()
     metrics, samples = loop.evaluate(eval_prompts)
     metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
-    metrics |= {"rollouts": state.rollout, "episodes": state.rollout * args.prompts_per_rollout,
-                "policy_steps": state.policy_steps, "value_steps": state.value_steps, "kl_coef": args.kl_coef}
+    metrics |= {
+        "rollouts": state.rollout,
+        "episodes": state.rollout * args.prompts_per_rollout,
+        "policy_steps": state.policy_steps,
+        "value_steps": state.value_steps,
+        "kl_coef": args.kl_coef,
+    }
     if run.is_main:
         loop.save_final(Path(args.output_dir))
         write_json(Path(args.output_dir) / "samples.json", samples)
@@ -139,15 +151,23 @@ def main(run: Run[PPOArguments]) -> None:
 def refuse_backend(accelerator: Accelerator, args: PPOArguments) -> None:
     """Sharded backends need another way to sample and save; refused before anything is loaded."""
     if accelerator.distributed_type not in SUPPORTED:
-        raise UserError(f"PPO does not run under {accelerator.distributed_type.value} yet; use one process, or DDP "
-                        "(recipes/accelerate/ddp.yaml)")
+        raise UserError(
+            f"PPO does not run under {accelerator.distributed_type.value} yet; use one process, or DDP "
+            "(recipes/accelerate/ddp.yaml)"
+        )
     if args.prompts_per_rollout % accelerator.num_processes:
-        raise UserError(f"prompts_per_rollout ({args.prompts_per_rollout}) must be a multiple of the {accelerator.num_processes} processes")
+        raise UserError(
+            f"prompts_per_rollout ({args.prompts_per_rollout}) must be a multiple of the {accelerator.num_processes} processes"
+        )
     if args.prompts_per_rollout // args.minibatches < accelerator.num_processes:
-        raise UserError(f"a minibatch of {args.prompts_per_rollout // args.minibatches} prompts is less than one a process; lower minibatches")
+        raise UserError(
+            f"a minibatch of {args.prompts_per_rollout // args.minibatches} prompts is less than one a process; lower minibatches"
+        )
 
 
-def prompts(sources: list[Source], eval_sources: list[Source], encoder: ChatEncoder, args: PPOArguments) -> tuple[list[Record], list[Record]]:
+def prompts(
+    sources: list[Source], eval_sources: list[Source], encoder: ChatEncoder, args: PPOArguments
+) -> tuple[list[Record], list[Record]]:
     """Training and held-out prompts with their `ids`; too long ones are refused, or counted and dropped."""
     if eval_sources:
         train, held_out = [r for s in sources for r in s.records], [r for s in eval_sources for r in s.records]
@@ -160,17 +180,22 @@ def prompts(sources: list[Source], eval_sources: list[Source], encoder: ChatEnco
             ids = encoder.prompt_ids(record["prompt"])
             if len(ids) > args.max_prompt_tokens:
                 if args.long_prompts == "error":
-                    raise UserError(f"prompt of {len(ids)} tokens exceeds max_prompt_tokens ({args.max_prompt_tokens}): "
-                                    f"{shorten(record['prompt'][-1]['content'])}; raise it, or say `long_prompts: drop`",
-                                    file=location, line=record["line"])
+                    raise UserError(
+                        f"prompt of {len(ids)} tokens exceeds max_prompt_tokens ({args.max_prompt_tokens}): "
+                        f"{shorten(record['prompt'][-1]['content'])}; raise it, or say `long_prompts: drop`",
+                        file=location,
+                        line=record["line"],
+                    )
                 continue
             part.append({**record, "ids": ids})
     dropped = len(train) + len(held_out) - len(kept[0]) - len(kept[1])
     if dropped:
         logger.warning("ppo: %d prompts over max_prompt_tokens (%d) dropped", dropped, args.max_prompt_tokens)
     if not kept[0] or not kept[1]:
-        raise UserError(f"{len(kept[0])} prompts to train on and {len(kept[1])} held out; both are needed: "
-                        "give `eval_datasets:` or change held_out_fraction")
+        raise UserError(
+            f"{len(kept[0])} prompts to train on and {len(kept[1])} held out; both are needed: "
+            "give `eval_datasets:` or change held_out_fraction"
+        )
     return kept[0], kept[1]
 
 
@@ -201,8 +226,20 @@ def microbatches(lengths: list[int], rows: list[int], max_tokens: int) -> list[l
 class Loop:
     """The four roles, two optimizers, and what one rollout does with them."""
 
-    def __init__(self, run: Run[PPOArguments], args: PPOArguments, accelerator: Accelerator, bf16: bool, encoder: ChatEncoder, scorer: Scorer,
-                 judges: list[tuple[str, Any]], parent: Parent, value_parent: Parent | None, checkpoint: Path | None, state: State):
+    def __init__(
+        self,
+        run: Run[PPOArguments],
+        args: PPOArguments,
+        accelerator: Accelerator,
+        bf16: bool,
+        encoder: ChatEncoder,
+        scorer: Scorer,
+        judges: list[tuple[str, Any]],
+        parent: Parent,
+        value_parent: Parent | None,
+        checkpoint: Path | None,
+        state: State,
+    ):
         self.run, self.args, self.accelerator, self.bf16 = run, args, accelerator, bf16
         self.encoder, self.scorer, self.judges, self.state = encoder, scorer, judges, state
         policy = load_causal_lm(str(checkpoint / "policy") if checkpoint else parent.path)
@@ -212,15 +249,19 @@ class Loop:
         self.stop_ids = [encoder.eos_id, *(_token_id(encoder, token) for token in args.stop_tokens)]
         context = getattr(limit, "max_position_embeddings", None)
         if context is not None and args.max_prompt_tokens + args.max_response_tokens > context:
-            raise UserError(f"max_prompt_tokens + max_response_tokens ({args.max_prompt_tokens} + {args.max_response_tokens}) "
-                            f"exceed the model's context of {context}")
+            raise UserError(
+                f"max_prompt_tokens + max_response_tokens ({args.max_prompt_tokens} + {args.max_response_tokens}) "
+                f"exceed the model's context of {context}"
+            )
         value = load_value(args, parent, value_parent, checkpoint, encoder)
         for model in (policy, reference, value):
             disable_dropout(model)
-        self.reference = PolicyModel(reference, args.temperature, self.forbidden).to(accelerator.device).eval().requires_grad_(False)
+        self.reference = (
+            PolicyModel(reference, args.temperature, self.forbidden).to(accelerator.device).eval().requires_grad_(False)
+        )
         self.reference.refuse_transformed_logits()
         policy_model, value_model = PolicyModel(policy, args.temperature, self.forbidden), ValueModel(value)
-        adam = {"betas": (0.9, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": 0.0}
+        adam: dict[str, Any] = {"betas": (0.9, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": 0.0}
         value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         self.peaks = {"policy": args.learning_rate, "value": value_lr}
         policy_optimizer = torch.optim.AdamW(policy_model.parameters(), lr=args.learning_rate, **adam)
@@ -232,7 +273,10 @@ class Loop:
             saved = torch.load(checkpoint / "optimizers.pt", map_location="cpu", weights_only=True)
             self.policy_optimizer.load_state_dict(saved["policy"])
             self.value_optimizer.load_state_dict(saved["value"])
-        self.parameters = {"policy": policy.num_parameters(exclude_embeddings=True), "value": value.num_parameters(exclude_embeddings=True)}
+        self.parameters = {
+            "policy": policy.num_parameters(exclude_embeddings=True),
+            "value": value.num_parameters(exclude_embeddings=True),
+        }
 
     # ------------------------------------------------------------------------------------------ rollout
 
@@ -256,19 +300,35 @@ class Loop:
         with self.autocast():
             for start in range(0, len(rows), self.args.generation_rows):
                 part = rows[start : start + self.args.generation_rows]
-                responses += generate(model, [records[i]["ids"] for i in part], uniforms[part], max_new_tokens=self.args.max_response_tokens,
-                                      stop_ids=self.stop_ids, pad_id=self.encoder.tokenizer.pad_token_id, forbidden=self.forbidden,
-                                      temperature=self.args.temperature)
+                responses += generate(
+                    model,
+                    [records[i]["ids"] for i in part],
+                    uniforms[part],
+                    max_new_tokens=self.args.max_response_tokens,
+                    stop_ids=self.stop_ids,
+                    pad_id=self.encoder.tokenizer.pad_token_id,
+                    forbidden=self.forbidden,
+                    temperature=self.args.temperature,
+                )
         return responses
 
     @torch.no_grad()
-    def answers(self, records: list[Record], rows: list[int], responses: list[list[int]], with_values: bool) -> list[dict[str, Any]]:
+    def answers(
+        self, records: list[Record], rows: list[int], responses: list[list[int]], with_values: bool
+    ) -> list[dict[str, Any]]:
         """Score each response, and its tokens' log-probabilities and values; plain lists, to be gathered."""
         mine = [records[i] for i in rows]
         with self.autocast():
-            scored = self.scorer([r["prompt"] for r in mine], [r["ids"] for r in mine], responses, [r["row"] for r in mine])
+            scored = self.scorer(
+                [r["prompt"] for r in mine], [r["ids"] for r in mine], responses, [r["row"] for r in mine]
+            )
         answers = [
-            {"row": row, "response": response, "score": scored.scores[i].item(), "parts": {k: v[i].item() for k, v in scored.parts.items()}}
+            {
+                "row": row,
+                "response": response,
+                "score": scored.scores[i].item(),
+                "parts": {k: v[i].item() for k, v in scored.parts.items()},
+            }
             for i, (row, response) in enumerate(zip(rows, responses, strict=True))
         ]
         lengths = [len(r["ids"]) + len(a) for r, a in zip(mine, responses, strict=True)]
@@ -277,12 +337,22 @@ class Loop:
             with self.autocast():
                 logprobs, _ = self.accelerator.unwrap_model(self.policy)(**batch)
                 ref_logprobs, _ = self.reference(**batch)
-                values = self.accelerator.unwrap_model(self.value)(batch["input_ids"], batch["positions"]) if with_values else logprobs
+                values = (
+                    self.accelerator.unwrap_model(self.value)(batch["input_ids"], batch["positions"])
+                    if with_values
+                    else logprobs
+                )
             for k, i in enumerate(group):
                 n = len(responses[i])
-                answers[i] |= {"logprobs": logprobs[k, :n].tolist(), "ref_logprobs": ref_logprobs[k, :n].tolist(), "values": values[k, :n].tolist()}
+                answers[i] |= {
+                    "logprobs": logprobs[k, :n].tolist(),
+                    "ref_logprobs": ref_logprobs[k, :n].tolist(),
+                    "values": values[k, :n].tolist(),
+                }
         tokens = sum(lengths)
-        self.state.flops += 2.0 * tokens * self.run.processes * (2 * self.parameters["policy"] + self.parameters["value"])
+        self.state.flops += (
+            2.0 * tokens * self.run.processes * (2 * self.parameters["policy"] + self.parameters["value"])
+        )
         return answers
 
     def assemble(self, records: list[Record], answers: list[dict[str, Any]]) -> Rollout:
@@ -297,11 +367,22 @@ class Loop:
             for name, tensor in tensors.items():
                 tensor[i, :n] = torch.tensor(answer[name])
         stopped = torch.tensor([response[-1] in self.stop_ids for response in responses])
-        scores = missing_eos_scores(torch.tensor([a["score"] for a in answers]), stopped, args.missing_eos, args.missing_eos_score)
+        scores = missing_eos_scores(
+            torch.tensor([a["score"] for a in answers]), stopped, args.missing_eos, args.missing_eos_score
+        )
         rewards = shape_rewards(scores, tensors["logprobs"], tensors["ref_logprobs"], mask, args.kl_coef)
         advantages, returns = compute_gae(rewards, tensors["values"], mask, args.gamma, args.gae_lambda)
-        return Rollout([r["ids"] for r in records], responses, stopped, scores, mask, **tensors,
-                       rewards=rewards, advantages=whiten(advantages, mask), returns=returns)
+        return Rollout(
+            [r["ids"] for r in records],
+            responses,
+            stopped,
+            scores,
+            mask,
+            **tensors,
+            rewards=rewards,
+            advantages=whiten(advantages, mask),
+            returns=returns,
+        )
 
     def rollout_figures(self, rollout: Rollout, answers: list[dict[str, Any]]) -> dict[str, float]:
         mask = rollout.response_mask
@@ -333,7 +414,11 @@ class Loop:
         steps = [self.step(rollout, rows) for rows in self.minibatches(len(rollout.response_ids))]
         figures = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
         figures["ratio_first_minibatch"] = steps[0]["ratio_max_log"]
-        figures |= {"policy_lr": self.peaks["policy"] * factor, "value_lr": self.peaks["value"] * factor, "seconds_update": time.perf_counter() - start}
+        figures |= {
+            "policy_lr": self.peaks["policy"] * factor,
+            "value_lr": self.peaks["value"] * factor,
+            "seconds_update": time.perf_counter() - start,
+        }
         return figures
 
     def minibatches(self, rows: int) -> Iterator[list[int]]:
@@ -349,7 +434,10 @@ class Loop:
         """One optimizer step of policy and value; losses are means over the minibatch's tokens in all processes."""
         sums = self.backward(rollout, rows)
         norms = {}
-        for name, model, optimizer in (("policy", self.policy, self.policy_optimizer), ("value", self.value, self.value_optimizer)):
+        for name, model, optimizer in (
+            ("policy", self.policy, self.policy_optimizer),
+            ("value", self.value, self.value_optimizer),
+        ):
             norm = nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
             if not torch.isfinite(norm):
                 self.refuse_nonfinite(rollout, rows, name)
@@ -373,7 +461,10 @@ class Loop:
         for index, group in enumerate(groups):
             batch = self.tensors([rollout.prompt_ids[i] for i in group], [rollout.response_ids[i] for i in group])
             width, mask = batch["tokens"].shape[1], batch["mask"]
-            old = {name: getattr(rollout, name)[group, :width].to(mask.device) for name in ("logprobs", "values", "advantages", "returns")}
+            old = {
+                name: getattr(rollout, name)[group, :width].to(mask.device)
+                for name in ("logprobs", "values", "advantages", "returns")
+            }
             last = index == len(groups) - 1
             with _sync(self.accelerator, self.policy, last):
                 with self.autocast():
@@ -399,14 +490,18 @@ class Loop:
     def reduce(self, totals: Tensor, largest: float) -> tuple[Tensor, float]:
         if self.run.processes == 1:
             return totals, largest
-        gathered = self.accelerator.gather(torch.cat([totals, torch.tensor([largest], dtype=torch.float64)])[None].to(self.accelerator.device)).cpu()
+        gathered = self.accelerator.gather(
+            torch.cat([totals, torch.tensor([largest], dtype=torch.float64)])[None].to(self.accelerator.device)
+        ).cpu()
         return gathered[:, :-1].sum(0), gathered[:, -1].max().item()
 
     def refuse_nonfinite(self, rollout: Rollout, rows: list[int], name: str) -> None:
         path = Path(self.args.output_dir) / "nonfinite_batch.pt"
         if self.run.is_main:
-            torch.save({"rows": rows, **{key: value for key, value in vars(rollout).items()}}, path)
-        raise RuntimeError(f"{name}'s gradient is not finite at rollout {self.state.rollout}; the rollout was saved to {path}")
+            torch.save({"rows": rows, **vars(rollout)}, path)
+        raise RuntimeError(
+            f"{name}'s gradient is not finite at rollout {self.state.rollout}; the rollout was saved to {path}"
+        )
 
     def tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> dict[str, Tensor]:
         """Right-padded inputs of a micro-batch, no longer than its longest row (see `PolicyModel.forward`)."""
@@ -415,7 +510,9 @@ class Loop:
         steps = torch.arange(width)[None]
         lengths = torch.tensor([len(r) for r in response_ids])[:, None]
         batch = {
-            "input_ids": right_pad([p + r for p, r in zip(prompt_ids, response_ids, strict=True)], self.encoder.tokenizer.pad_token_id),
+            "input_ids": right_pad(
+                [p + r for p, r in zip(prompt_ids, response_ids, strict=True)], self.encoder.tokenizer.pad_token_id
+            ),
             "positions": starts - 1 + torch.minimum(steps, lengths - 1),
             "tokens": right_pad(response_ids, 0),
             "mask": steps < lengths,
@@ -433,7 +530,10 @@ class Loop:
         mine = list(range(len(records)))[self.run.rank :: self.run.processes]
         flops = self.state.flops  # evaluation is no training
         found = {}
-        for name, model in (("policy", self.accelerator.unwrap_model(self.policy).model), ("reference", self.reference.model)):
+        for name, model in (
+            ("policy", self.accelerator.unwrap_model(self.policy).model),
+            ("reference", self.reference.model),
+        ):
             responses = self.sample(model, records, mine, uniforms) if mine else []
             answers = self.answers(records, mine, responses, with_values=False) if mine else []
             found[name] = sorted(gather_object(answers), key=lambda answer: answer["row"])
@@ -451,16 +551,22 @@ class Loop:
         }
         for part in policy[0]["parts"]:
             metrics[f"eval_score_{part}"] = sum(a["parts"][part] for a in policy) / n
-        decode = self.encoder.tokenizer.decode
+        texts, reference_texts = (self.encoder.texts([a["response"] for a in found[name]]) for name in found)
         for judge, function in self.judges:
-            texts = [decode(a["response"], skip_special_tokens=True) for a in policy]
             asked = [records[a["row"]] for a in policy]
-            verdicts = call_function(function, judge, [r["prompt"][-1]["content"] for r in asked], texts, [r["row"] for r in asked])
+            verdicts = call_function(
+                function, judge, [r["prompt"][-1]["content"] for r in asked], texts, [r["row"] for r in asked]
+            )
             metrics[f"eval_{judge.split(':')[0]}"] = sum(verdicts) / n
         samples = [
-            {"prompt": records[a["row"]]["prompt"][-1]["content"], "response": decode(a["response"], skip_special_tokens=True),
-             "reference_response": decode(b["response"], skip_special_tokens=True), "score": a["score"], "reference_score": b["score"]}
-            for a, b in list(zip(policy, found["reference"], strict=True))[:32]
+            {
+                "prompt": records[a["row"]]["prompt"][-1]["content"],
+                "response": texts[i],
+                "reference_response": reference_texts[i],
+                "score": a["score"],
+                "reference_score": b["score"],
+            }
+            for i, (a, b) in enumerate(list(zip(policy, found["reference"], strict=True))[:32])
         ]
         return metrics, samples
 
@@ -472,8 +578,14 @@ class Loop:
             with writing(target) as folder:
                 self.accelerator.unwrap_model(self.policy).model.save_pretrained(folder / "policy")
                 self.accelerator.unwrap_model(self.value).model.save_pretrained(folder / "value")
-                torch.save({"policy": self.policy_optimizer.state_dict(), "value": self.value_optimizer.state_dict(), "random": random},
-                           folder / "optimizers.pt")
+                torch.save(
+                    {
+                        "policy": self.policy_optimizer.state_dict(),
+                        "value": self.value_optimizer.state_dict(),
+                        "random": random,
+                    },
+                    folder / "optimizers.pt",
+                )
                 write_json(folder / "state.json", asdict(state))
                 self.run.output.seal(folder)
             self.run.output.prune(self.args.keep_checkpoints)
@@ -481,22 +593,31 @@ class Loop:
 
     def save_final(self, folder: Path) -> None:
         policy = self.accelerator.unwrap_model(self.policy).model
-        policy.generation_config.update(do_sample=True, temperature=self.args.temperature, max_new_tokens=self.args.max_response_tokens,
-                                        eos_token_id=self.stop_ids, pad_token_id=self.encoder.tokenizer.pad_token_id)
+        policy.generation_config.update(
+            do_sample=True,
+            temperature=self.args.temperature,
+            max_new_tokens=self.args.max_response_tokens,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.encoder.tokenizer.pad_token_id,
+        )
         policy.save_pretrained(folder)
         self.encoder.tokenizer.save_pretrained(folder)
         self.accelerator.unwrap_model(self.value).model.save_pretrained(folder / "value")
         self.encoder.tokenizer.save_pretrained(folder / "value")
 
 
-def load_value(args: PPOArguments, parent: Parent, value_parent: Parent | None, checkpoint: Path | None, encoder: ChatEncoder) -> Any:
+def load_value(
+    args: PPOArguments, parent: Parent, value_parent: Parent | None, checkpoint: Path | None, encoder: ChatEncoder
+) -> Any:
     """The value network: the reward model's copy (S20), or the policy's trunk with a zero head (Z19)."""
     if checkpoint:
         return load_scalar_model(str(checkpoint / "value"))
     if args.value_init == "reward":
         assert value_parent is not None
         if value_parent.tokenizer_sha256 not in (None, parent.tokenizer_sha256) and parent.tokenizer_sha256 is not None:
-            raise UserError("value_init: reward needs the policy's tokenizer, the reward model has another; say `value_init: policy`")
+            raise UserError(
+                "value_init: reward needs the policy's tokenizer, the reward model has another; say `value_init: policy`"
+            )
         return load_scalar_model(value_parent.path)
     value = load_scalar_model(parent.path)
     value.config.get_text_config().pad_token_id = encoder.tokenizer.pad_token_id
@@ -541,8 +662,15 @@ def begin(run: Run[PPOArguments], rollout: int) -> list[int]:
 def log(run: Run[PPOArguments], accelerator: Accelerator, rollout: int, figures: dict[str, float]) -> None:
     if run.is_main:
         history.append(run.output.folder, {"step": rollout, **{k: round(v, 8) for k, v in figures.items()}})
-        logger.info("ppo rollout %d/%d: score %.3f, kl %.2f, %.1f tokens, %.1f episodes/s", rollout, run.args.total_rollouts,
-                    figures["score"], figures["kl"], figures["response_tokens"], figures["episodes_per_second"])
+        logger.info(
+            "ppo rollout %d/%d: score %.3f, kl %.2f, %.1f tokens, %.1f episodes/s",
+            rollout,
+            run.args.total_rollouts,
+            figures["score"],
+            figures["kl"],
+            figures["response_tokens"],
+            figures["episodes_per_second"],
+        )
     accelerator.log(figures, step=rollout)
 
 

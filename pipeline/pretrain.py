@@ -1,6 +1,6 @@
 """Stage 1: a causal language model from plain text, from nothing or continued from a checkpoint.
 
-    accelerate launch pipeline/pretrain.py --config recipes/demo/pretrain.yaml
+accelerate launch pipeline/pretrain.py --config recipes/demo/pretrain.yaml
 """
 
 from __future__ import annotations
@@ -65,8 +65,13 @@ def main(run: Run[PretrainArguments]) -> None:
     if not any(held_out):
         raise UserError("no document was held out; raise held_out_fraction or give more documents")
     held_out_bytes = sum(len(text.encode()) for _, part in texts for text in part)
-    logger.info("pretrain: %d blocks of %d tokens, %d held out, %.2f M parameters", len(mixed), args.block_tokens,
-                sum(map(len, held_out)), model.num_parameters() / 1e6)
+    logger.info(
+        "pretrain: %d blocks of %d tokens, %d held out, %.2f M parameters",
+        len(mixed),
+        args.block_tokens,
+        sum(map(len, held_out)),
+        model.num_parameters() / 1e6,
+    )
 
     trainer = PretrainTrainer(
         model=model,
@@ -80,14 +85,23 @@ def main(run: Run[PretrainArguments]) -> None:
     resumed = train(trainer, run)
 
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
-    metrics["bits_per_byte"] = BitsPerByte().compute(nll=[metrics.pop("nll")], num_bytes=[held_out_bytes])["bits_per_byte"]
+    metrics["bits_per_byte"] = BitsPerByte().compute(nll=[metrics.pop("nll")], num_bytes=[held_out_bytes])[
+        "bits_per_byte"
+    ]
     epochs = epochs_seen(sources, train_blocks, counts, trainer.state.global_step * args.examples_per_step / len(mixed))
-    metrics |= {"held_out_bytes": held_out_bytes, "parameters": model.num_parameters(), "steps": trainer.state.global_step}
+    metrics |= {
+        "held_out_bytes": held_out_bytes,
+        "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+    }
     save_whole(trainer, tokenizer)
     clear_resumes(run)
     run.finish(
         parents=[parent.record()] if parent else [],
-        datasets=[{**s.provenance(), "epochs_seen": epochs[i], "train_tokens": _tokens(train_blocks[i])} for i, s in enumerate(sources)],
+        datasets=[
+            {**s.provenance(), "epochs_seen": epochs[i], "train_tokens": _tokens(train_blocks[i])}
+            for i, s in enumerate(sources)
+        ],
         tokenizer=tokenizer,
         metrics=metrics,
         flops=trainer.state.total_flos,
@@ -147,7 +161,10 @@ def mix(sources: list[Source], blocks: list[list[Block]], seed: int) -> tuple[da
         total = sum(w for w in weights if w is not None)
         shuffled = [table.shuffle(seed=seed) for table in tables]
         mixed = datasets.interleave_datasets(
-            shuffled, probabilities=[w / total for w in weights if w is not None], seed=seed, stopping_strategy="all_exhausted"
+            shuffled,
+            probabilities=[w / total for w in weights if w is not None],
+            seed=seed,
+            stopping_strategy="all_exhausted",
         )
     drawn = list(mixed["source"])
     return mixed.remove_columns("source"), [drawn.count(i) for i in range(len(sources))]

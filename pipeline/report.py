@@ -34,8 +34,13 @@ SAMPLES = 24
 SEED = 2**30
 
 
-def write_report(run_dir: str, judges: Sequence[str] = (), prompts_file: str | None = None, num_prompts: int = 200,
-                 data_root: str | None = None) -> Path:
+def write_report(
+    run_dir: str,
+    judges: Sequence[str] = (),
+    prompts_file: str | None = None,
+    num_prompts: int = 200,
+    data_root: str | None = None,
+) -> Path:
     """Measure the run in `run_dir` and write its report; what is missing or changed is said in it, the rest reported.
 
     Raises:
@@ -90,7 +95,9 @@ def read_run(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     return lineages, notes
 
 
-def held_out_prompts(lineages: dict[str, Any], prompts_file: str | None, number: int, data_root: str | None) -> list[Record]:
+def held_out_prompts(
+    lineages: dict[str, Any], prompts_file: str | None, number: int, data_root: str | None
+) -> list[Record]:
     """The PPO recipe's held-out prompts, or those of `prompts_file`."""
     if prompts_file:
         return read_jsonl(Path(prompts_file), parse_prompt, number)
@@ -110,7 +117,8 @@ def held_out_prompts(lineages: dict[str, Any], prompts_file: str | None, number:
 def sample_answers(folder: Path, prompts: list[Record], ppo_recipe: dict[str, Any]) -> list[str]:
     """One sampled answer to each prompt, with the same random numbers for every stage."""
     tokenizer = load_tokenizer(str(folder))
-    model = load_causal_lm(str(folder)).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model: Any = load_causal_lm(str(folder)).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder = ChatEncoder(tokenizer)
     limit = ppo_recipe.get("max_response_tokens", 64)
     ids = [encoder.prompt_ids(record["prompt"]) for record in prompts]
@@ -118,20 +126,32 @@ def sample_answers(folder: Path, prompts: list[Record], ppo_recipe: dict[str, An
     forbidden = forbidden_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
     texts: list[str] = []
     for start in range(0, len(ids), 32):
-        part = generate(model, ids[start : start + 32], uniforms[start : start + 32], max_new_tokens=limit, stop_ids=[encoder.eos_id],
-                        pad_id=tokenizer.pad_token_id, forbidden=forbidden, temperature=ppo_recipe.get("temperature", 1.0))
-        texts += [tokenizer.decode(r, skip_special_tokens=True) for r in part]
+        part = generate(
+            model,
+            ids[start : start + 32],
+            uniforms[start : start + 32],
+            max_new_tokens=limit,
+            stop_ids=[encoder.eos_id],
+            pad_id=tokenizer.pad_token_id,
+            forbidden=forbidden,
+            temperature=ppo_recipe.get("temperature", 1.0),
+        )
+        texts += encoder.texts(part)
     return texts
 
 
-def judge_answers(folder: Path, lineages: dict[str, Any], prompts: list[Record], texts: list[str], judges: list[str]) -> dict[str, list[float]]:
+def judge_answers(
+    folder: Path, lineages: dict[str, Any], prompts: list[Record], texts: list[str], judges: list[str]
+) -> dict[str, list[float]]:
     """Every judge's score of every answer: the run's reward model as `reward`, Python judges by module name."""
     found: dict[str, list[float]] = {}
     if "reward" in lineages:
         found["reward"] = score([r["prompt"] for r in prompts], texts, str(folder / "reward"))
     for name in judges:
         function = import_function(name)
-        found[name.split(":")[0]] = call_function(function, name, [r["prompt"][-1]["content"] for r in prompts], texts, [r["row"] for r in prompts])
+        found[name.split(":")[0]] = call_function(
+            function, name, [r["prompt"][-1]["content"] for r in prompts], texts, [r["row"] for r in prompts]
+        )
     return found
 
 
@@ -157,7 +177,11 @@ def frontier(folder: Path) -> list[dict[str, Any]]:
     for row in history.read(folder / "ppo"):
         if "eval_kl" in row:
             point = {"step": row["step"], "kl": row["eval_kl"], "reward": row["eval_score"]}
-            point |= {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and k not in ("eval_kl", "eval_score")}
+            point |= {
+                k.removeprefix("eval_"): v
+                for k, v in row.items()
+                if k.startswith("eval_") and k not in ("eval_kl", "eval_score")
+            }
             points.append(point)
     return points
 
@@ -173,12 +197,17 @@ def agreement(scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]
     return rows
 
 
-def samples(prompts: list[Record], answers: dict[str, list[str]], scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
+def samples(
+    prompts: list[Record], answers: dict[str, list[str]], scores: dict[str, dict[str, list[float]]]
+) -> list[dict[str, Any]]:
     return [
         {
             "prompt": record["prompt"][-1]["content"],
             "responses": {
-                stage: {"text": texts[i], "scores": {judge: round(values[i], 3) for judge, values in scores[stage].items()}}
+                stage: {
+                    "text": texts[i],
+                    "scores": {judge: round(values[i], 3) for judge, values in scores[stage].items()},
+                }
                 for stage, texts in answers.items()
             },
         }
@@ -200,8 +229,17 @@ CURVES = {
         ("Entropy", "nats a token", ["entropy"]),
     ],
 }
-NAMES = {"loss": "training", "eval_loss": "held out", "score": "training", "eval_score": "held out", "kl": "training", "eval_kl": "held out",
-         "response_tokens": "training", "eval_response_tokens": "held out", "entropy": "training"}
+NAMES = {
+    "loss": "training",
+    "eval_loss": "held out",
+    "score": "training",
+    "eval_score": "held out",
+    "kl": "training",
+    "eval_kl": "held out",
+    "response_tokens": "training",
+    "eval_response_tokens": "held out",
+    "entropy": "training",
+}
 
 
 def plots(folder: Path, lineages: dict[str, Any]) -> dict[str, list[str]]:
@@ -214,11 +252,24 @@ def plots(folder: Path, lineages: dict[str, Any]) -> dict[str, list[str]]:
             series = {NAMES[key]: [(row["step"], row[key]) for row in rows if key in row] for key in keys}
             series = {name: points for name, points in series.items() if points}
             if series:
-                drawn[stage].append(_curve(f"{stage}: {title}", "rollout" if stage == "ppo" else "optimizer step", unit, series))
+                drawn[stage].append(
+                    _curve(f"{stage}: {title}", "rollout" if stage == "ppo" else "optimizer step", unit, series)
+                )
         points = frontier(folder) if stage == "ppo" else []
-        judges = [key for key in points[0] if key in {n.split(":")[0] for n in lineages["ppo"]["recipe"].get("judges", [])}] if points else []
+        judges = (
+            [key for key in points[0] if key in {n.split(":")[0] for n in lineages["ppo"]["recipe"].get("judges", [])}]
+            if points
+            else []
+        )
         for judge in judges:
-            drawn[stage].append(_curve(f"ppo: {judge} over KL, held out", "KL, nats a response", f"mean {judge}", {judge: [(p["kl"], p[judge]) for p in points]}))
+            drawn[stage].append(
+                _curve(
+                    f"ppo: {judge} over KL, held out",
+                    "KL, nats a response",
+                    f"mean {judge}",
+                    {judge: [(p["kl"], p[judge]) for p in points]},
+                )
+            )
     return drawn
 
 
@@ -228,11 +279,28 @@ def _curve(title: str, xlabel: str, ylabel: str, series: dict[str, list[tuple[fl
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with pyplot.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": title,
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    ):
         figure, axes = pyplot.subplots(figsize=(4.6, 2.9), layout="constrained")
-        for (name, points), color, marker in zip(series.items(), ("#2563eb", "#d97706", "#059669"), (None, "o", "s"), strict=False):
+        for (name, points), color, marker in zip(
+            series.items(), ("#2563eb", "#d97706", "#059669"), (None, "o", "s"), strict=False
+        ):
             few = len(points) < 20
-            axes.plot(*zip(*points, strict=True), label=name, color=color, marker=marker if few else None, markersize=4, linewidth=1.6)
+            axes.plot(
+                *zip(*points, strict=True),
+                label=name,
+                color=color,
+                marker=marker if few else None,
+                markersize=4,
+                linewidth=1.6,
+            )
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
@@ -250,10 +318,17 @@ def _curve(title: str, xlabel: str, ylabel: str, series: dict[str, list[tuple[fl
 def render(report: dict[str, Any], drawn: dict[str, list[str]]) -> str:
     import jinja2
 
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["figure"] = _figure
     template = environment.get_template("report.html.j2")
-    return template.render(report=report, plots=drawn, headlines=_headlines(report), data=json.dumps(report, ensure_ascii=False).replace("</", "<\\/"))
+    return template.render(
+        report=report,
+        plots=drawn,
+        headlines=_headlines(report),
+        data=json.dumps(report, ensure_ascii=False).replace("</", "<\\/"),
+    )
 
 
 def _headlines(report: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -267,7 +342,13 @@ def _headlines(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         boxes.append(("Accuracy", f"{stages['reward']['accuracy']:.1%}", note))
     for row in report["win_rates"]:
         if (row["candidate"], row["baseline"]) in (("ppo", "sft"), ("sft", "pretrain")):
-            boxes.append((f"{row['candidate']} over {row['baseline']}", f"{row['win_rate']:.0%}", f"wins by {row['judge']}, 95 % [{row['ci95'][0]:.0%}, {row['ci95'][1]:.0%}]"))
+            boxes.append(
+                (
+                    f"{row['candidate']} over {row['baseline']}",
+                    f"{row['win_rate']:.0%}",
+                    f"wins by {row['judge']}, 95 % [{row['ci95'][0]:.0%}, {row['ci95'][1]:.0%}]",
+                )
+            )
     if "ppo" in stages:
         boxes.append(("KL", _figure(stages["ppo"]["kl"]), "nats a response, PPO from SFT"))
     boxes.append(("Training", f"{sum(report['seconds'].values()):.0f} s", "wall time of all stages"))
@@ -289,6 +370,9 @@ def _figure(value: Any) -> str:
 
 
 def _summary(report: dict[str, Any]) -> str:
-    wins = [f"{row['candidate']} beats {row['baseline']} in {row['win_rate']:.1%} ({row['judge']})" for row in report["win_rates"]
-            if (row["candidate"], row["baseline"]) in (("ppo", "sft"), ("sft", "pretrain"))]
+    wins = [
+        f"{row['candidate']} beats {row['baseline']} in {row['win_rate']:.1%} ({row['judge']})"
+        for row in report["win_rates"]
+        if (row["candidate"], row["baseline"]) in (("ppo", "sft"), ("sft", "pretrain"))
+    ]
     return ", ".join(wins) + (" · " if wins else "")

@@ -45,7 +45,11 @@ def main(run: Run[RewardArguments]) -> None:
     parent = verify_parent(args.parent, ("pretrain", "sft", "reward", "ppo"))
     sources = read_sources(args.datasets, "ranking", args.data_root)
     demonstrations = read_sources(args.center_on, "demonstration", args.data_root)
-    run.output.inputs = {"parent": parent.weights_sha256, "data": fingerprint(sources), "center_on": fingerprint(demonstrations)}
+    run.output.inputs = {
+        "parent": parent.weights_sha256,
+        "data": fingerprint(sources),
+        "center_on": fingerprint(demonstrations),
+    }
     if run.already_done():
         return
     sources = [_sift(source, args) for source in sources]
@@ -77,8 +81,10 @@ def main(run: Run[RewardArguments]) -> None:
         for part, name in ((trained, "training"), (held_out, "held-out"), (outsiders, "held-out labelers'"))
     )
     if not rows or not eval_rows:
-        raise UserError(f"{len(rows)} rankings to train on and {len(eval_rows)} held out; both are needed: "
-                        "raise max_tokens, change held_out_fraction or give more rankings")
+        raise UserError(
+            f"{len(rows)} rankings to train on and {len(eval_rows)} held out; both are needed: "
+            "raise max_tokens, change held_out_fraction or give more rankings"
+        )
     trainer = RankingTrainer(
         model=model,
         args=training_arguments(RewardConfig, run, disable_dropout=False, max_length=None),
@@ -89,13 +95,16 @@ def main(run: Run[RewardArguments]) -> None:
         peft_config=lora_config(model, args.lora, "SEQ_CLS") if args.lora else None,
     )
     prepare_trainer(trainer, run)
-    logger.info("reward: %d rankings with %d pairs, %d held out", len(rows), sum(len(r["pairs"]) for r in rows), len(eval_rows))
+    logger.info(
+        "reward: %d rankings with %d pairs, %d held out", len(rows), sum(len(r["pairs"]) for r in rows), len(eval_rows)
+    )
     resumed = train(trainer, run)
 
     if args.lora is None:
         save_whole(trainer, tokenizer)
     elif run.is_main:
-        save_adapter(trainer, args, parent.path, tokenizer)
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        save_merged(trained, load_scalar_model(parent.path), tokenizer, Path(args.output_dir), args.merge_adapter)
     run.barrier()
     final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
     offset = _demonstration_mean(final, encoder, demonstrations, args, run)
@@ -103,7 +112,12 @@ def main(run: Run[RewardArguments]) -> None:
         setattr(final.config, OFFSET, offset)
         final.config.save_pretrained(args.output_dir)
         metrics = measure(final, tokenizer.pad_token_id, eval_rows, outsider_rows, truth, args.truth)
-        metrics |= {"score_offset": offset, "rankings": len(rows), "pairs": sum(len(r["pairs"]) for r in rows), "steps": trainer.state.global_step}
+        metrics |= {
+            "score_offset": offset,
+            "rankings": len(rows),
+            "pairs": sum(len(r["pairs"]) for r in rows),
+            "steps": trainer.state.global_step,
+        }
         scores = metrics["scores"]
         logger.info("reward: held-out scores %.2f ± %.2f", scores["mean"], scores["std"])
     else:
@@ -138,17 +152,26 @@ class RankingTrainer(StageTrainer, RewardTrainer):
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # encoded already
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **_no_cache(model))
         loss = ranking_loss(
-            outputs.logits[:, 0].float(), inputs["better"], inputs["worse"], inputs["target"], inputs["margin"], inputs["pair_weight"], inputs["prompts"]
+            outputs.logits[:, 0].float(),
+            inputs["better"],
+            inputs["worse"],
+            inputs["target"],
+            inputs["margin"],
+            inputs["pair_weight"],
+            inputs["prompts"],
         )
         return (loss, outputs) if return_outputs else loss
 
     def measure(self) -> dict[str, float]:
         """Held-out loss and accuracy: means over prompts and over pairs, over all processes."""
         state, sums = self.accelerator, torch.zeros(4, dtype=torch.float64)
-        batches = DataLoader(self.eval_dataset, batch_size=16, collate_fn=self.data_collator)
+        rows: Any = self.eval_dataset
+        batches = DataLoader(rows, batch_size=16, collate_fn=self.data_collator)
         with torch.no_grad():
             for index, batch in enumerate(batches):
                 if index % state.num_processes == state.process_index:
@@ -157,7 +180,14 @@ class RankingTrainer(StageTrainer, RewardTrainer):
                     difference = outputs.logits[batch["better"], 0] - outputs.logits[batch["worse"], 0]
                     strict = batch["target"] != 0.5
                     right = ((difference > 0).double() + 0.5 * (difference == 0).double())[strict].sum()
-                    sums += torch.tensor([loss.item() * batch["prompts"].item(), batch["prompts"].item(), right.item(), strict.sum().item()])
+                    sums += torch.tensor(
+                        [
+                            loss.item() * batch["prompts"].item(),
+                            batch["prompts"].item(),
+                            right.item(),
+                            strict.sum().item(),
+                        ]
+                    )
         sums = state.gather(sums.to(state.device)[None]).sum(0)
         return {"loss": float(sums[0] / sums[1]), "accuracy": float(sums[2] / sums[3].clamp(min=1))}
 
@@ -173,7 +203,11 @@ def _sift(source: Source, args: RewardArguments) -> Source:
     if problems:
         if args.problems == "error":
             line, reason = problems[0]
-            raise UserError(f"{reason}; {len(problems)} such rankings in all, `problems: drop` leaves them out", file=source.location, line=line)
+            raise UserError(
+                f"{reason}; {len(problems)} such rankings in all, `problems: drop` leaves them out",
+                file=source.location,
+                line=line,
+            )
         logger.warning("reward: %s", summary(problems, source.location))
     return replace_records(source, kept)
 
@@ -202,11 +236,24 @@ def encode(encoder: ChatEncoder, records: list[Record], args: RewardArguments, n
         if max(map(len, ids)) > args.max_tokens:
             too_long.append(record["line"])
             continue
-        rows.append({"ids": ids, "pairs": pairs_of(record["ranks"], args.ties), "margin": float(record.get("margin", 0.0)), "record": record})
+        rows.append(
+            {
+                "ids": ids,
+                "pairs": pairs_of(record["ranks"], args.ties),
+                "margin": float(record.get("margin", 0.0)),
+                "record": record,
+            }
+        )
     if too_long:
         lines = ", ".join(map(str, too_long[:5])) + (", …" if len(too_long) > 5 else "")
-        logger.warning("reward: %d of %d %s rankings hold a text over max_tokens (%d) and are left out (lines %s)",
-                       len(too_long), len(records), name, args.max_tokens, lines)
+        logger.warning(
+            "reward: %d of %d %s rankings hold a text over max_tokens (%d) and are left out (lines %s)",
+            len(too_long),
+            len(records),
+            name,
+            args.max_tokens,
+            lines,
+        )
     return rows
 
 
@@ -214,19 +261,9 @@ def _tensors_only(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("ids", "pairs", "margin")}
 
 
-def save_adapter(trainer: Any, args: RewardArguments, parent_path: str, tokenizer: Any) -> None:
-    """The adapter with its head, and the parent's fp32 weights with both merged in."""
-    folder = Path(args.output_dir)
-    base = load_scalar_model(parent_path)
-    assign_pad(tokenizer, base)
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer))
-    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    save_merged(trainer.accelerator.unwrap_model(trainer.model), base, folder, args.merge_adapter)
-    tokenizer.save_pretrained(folder)
-
-
-def _demonstration_mean(model: Any, encoder: ChatEncoder, demonstrations: list[Source], args: RewardArguments, run: Run[Any]) -> float:
+def _demonstration_mean(
+    model: Any, encoder: ChatEncoder, demonstrations: list[Source], args: RewardArguments, run: Run[Any]
+) -> float:
     """Mean raw score of demonstrations (A14): what the offset must take off."""
     rows = []
     for source in demonstrations:
@@ -241,12 +278,22 @@ def _demonstration_mean(model: Any, encoder: ChatEncoder, demonstrations: list[S
     return float(score_ids(model, rows, encoder.tokenizer.pad_token_id).double().mean())
 
 
-def measure(model: Any, pad_id: int, held_out: list[dict[str, Any]], outsiders: list[dict[str, Any]], truth: Callable[..., Any] | None,
-            truth_name: str | None) -> dict[str, Any]:
+def measure(
+    model: Any,
+    pad_id: int,
+    held_out: list[dict[str, Any]],
+    outsiders: list[dict[str, Any]],
+    truth: Callable[..., Any] | None,
+    truth_name: str | None,
+) -> dict[str, Any]:
     """Held-out accuracy with its interval over prompts, by labeler, and what the labelers' noise would allow."""
     judged = _judge(model, pad_id, held_out)
     overall = _accuracy(judged)
-    metrics: dict[str, Any] = {"accuracy": overall["accuracy"], "accuracy_ci95": overall["ci95"], "held_out_pairs": overall["pairs"]}
+    metrics: dict[str, Any] = {
+        "accuracy": overall["accuracy"],
+        "accuracy_ci95": overall["ci95"],
+        "held_out_pairs": overall["pairs"],
+    }
     flat = torch.tensor([s for j in judged for s in j["scores"]])
     metrics["scores"] = {"mean": float(flat.mean()), "std": float(flat.std())}
     everyone = judged + (_judge(model, pad_id, outsiders) if outsiders else [])
@@ -263,7 +310,9 @@ def measure(model: Any, pad_id: int, held_out: list[dict[str, Any]], outsiders: 
             n = len(record["responses"])
             item["scores"] = call_function(truth, truth_name, [prompt] * n, record["responses"], [record] * n)
         metrics["noise_ceiling"] = _accuracy(judged)["accuracy"]
-        metrics["noise_ceiling_by_labeler"] = {name: _accuracy(items)["accuracy"] for name, items in sorted(by_labeler.items())}
+        metrics["noise_ceiling_by_labeler"] = {
+            name: _accuracy(items)["accuracy"] for name, items in sorted(by_labeler.items())
+        }
     return metrics
 
 

@@ -49,8 +49,17 @@ def row_uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: Any, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor | None, *, max_new_tokens: int, stop_ids: Sequence[int],
-             pad_id: int, forbidden: Sequence[int], temperature: float = 1.0) -> list[list[int]]:
+def generate(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    uniforms: Tensor | None,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    forbidden: Sequence[int],
+    temperature: float = 1.0,
+) -> list[list[int]]:
     """Sample (or, without `uniforms`, decode greedily) a response to each prompt, through its first stop token.
 
     Prompts are left-padded with positions counted from their first real token; finished rows leave the batch.
@@ -74,7 +83,14 @@ def generate(model: Any, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor |
     responses: list[list[int]] = [[] for _ in prompt_ids]
     cache = None
     for step in range(max_new_tokens):
-        out = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache = out.past_key_values
         logits = tempered_logits(out.logits[:, -1], temperature, forbidden_tensor)
         tokens = logits.argmax(-1) if numbers is None else sample_tokens(logits, numbers[alive, step])
@@ -93,11 +109,20 @@ def generate(model: Any, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor |
     return responses
 
 
-def greedy_responses(model: Any, tokenizer: Any, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, rows: int = 64) -> list[list[int]]:
+def greedy_responses(
+    model: Any, tokenizer: Any, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, rows: int = 64
+) -> list[list[int]]:
     """The most likely response to each prompt, in batches of `rows`."""
     forbidden = forbidden_ids(tokenizer, model.config.get_text_config().vocab_size)
     responses: list[list[int]] = []
     for start in range(0, len(prompt_ids), rows):
-        responses += generate(model, prompt_ids[start : start + rows], None, max_new_tokens=max_new_tokens,
-                              stop_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id, forbidden=forbidden)
+        responses += generate(
+            model,
+            prompt_ids[start : start + rows],
+            None,
+            max_new_tokens=max_new_tokens,
+            stop_ids=[tokenizer.eos_token_id],
+            pad_id=tokenizer.pad_token_id,
+            forbidden=forbidden,
+        )
     return responses

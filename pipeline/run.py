@@ -31,7 +31,8 @@ def run_recipe(args: argparse.Namespace) -> int:
     first = stages.index(args.first) if args.first else 0
     last = stages.index(args.last) if args.last else len(stages) - 1
     outputs = {
-        name: str(Path(args.output_dir) / name) if args.output_dir else str(recipes[name].get("output_dir", "")) for name in stages
+        name: str(Path(args.output_dir) / name) if args.output_dir else str(recipes[name].get("output_dir", ""))
+        for name in stages
     }
     moved = {str(recipes[name].get("output_dir")): outputs[name] for name in stages}
     for position, name in enumerate(stages[first : last + 1]):
@@ -48,7 +49,9 @@ def run_recipe(args: argparse.Namespace) -> int:
     return 0
 
 
-def stage_flags(name: str, recipe: dict[str, Any], output: str, moved: dict[str, str], args: argparse.Namespace) -> list[str]:
+def stage_flags(
+    name: str, recipe: dict[str, Any], output: str, moved: dict[str, str], args: argparse.Namespace
+) -> list[str]:
     """Flags that move a stage into the run's folder: its output, and parents that the same recipe writes."""
     flags = ["--output_dir", output]
     parent = recipe.get("parent")
@@ -58,7 +61,9 @@ def stage_flags(name: str, recipe: dict[str, Any], output: str, moved: dict[str,
     if name == "ppo" and rewards and any(source.model in moved for source in rewards):
         if len(rewards) > 1 or rewards[0].weight != 1.0:
             if args.output_dir:
-                raise UserError("--output-dir cannot move a weighted list of rewards; write the folders into the recipe")
+                raise UserError(
+                    "--output-dir cannot move a weighted list of rewards; write the folders into the recipe"
+                )
         else:
             flags += ["--reward", moved[rewards[0].model]]
     if args.data_root:
@@ -73,6 +78,14 @@ def stage_flags(name: str, recipe: dict[str, Any], output: str, moved: dict[str,
 def launch_stage(name: str, flags: list[str], args: argparse.Namespace) -> int:
     """One stage under `accelerate launch`; signals go to its whole process group. Returns the stage's true exit code."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
+    defaults = [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]  # else it lists them as missing
     environment = dict(os.environ)
     processes = args.num_processes or 1
     import torch
@@ -82,20 +95,24 @@ def launch_stage(name: str, flags: list[str], args: argparse.Namespace) -> int:
         if args.num_processes:
             command += ["--num_processes", str(processes)]
     elif torch.cuda.is_available():
-        command += ["--num_processes", str(processes), *(["--multi_gpu"] if processes > 1 else [])]
+        command += [*defaults, "--num_processes", str(processes), *(["--multi_gpu"] if processes > 1 else [])]
     else:
         environment["ACCELERATE_USE_CPU"] = "true"
         # `--cpu --num_processes 2` starts one process, silently; this starts two on gloo.
-        command += ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--cpu", "--num_processes", "1"]
-    # accelerate would set one thread a process.
+        command += [*defaults, *(["--multi_gpu"] if processes > 1 else ["--cpu"]), "--num_processes", str(processes)]
     if sys.stderr.isatty():
         environment[TERMINAL] = "1"  # the stage itself writes into a pipe
+    # accelerate would set one thread a process.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     with tempfile.TemporaryDirectory() as scratch:
         error_file = Path(scratch) / "error.json"
         environment[ERROR_FILE] = str(error_file)
-        process = subprocess.Popen([*command, str(PIPELINE / f"{name}.py"), *flags], env=environment, stderr=subprocess.PIPE,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            [*command, str(PIPELINE / f"{name}.py"), *flags],
+            env=environment,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         received: list[int] = []
 
         def forward(number: int, frame: types.FrameType | None) -> None:

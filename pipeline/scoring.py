@@ -1,6 +1,6 @@
 """What gives a response its score: a reward model, a Python function, or a weighted sum of them.
 
-    score(["How do I boil an egg?"], ["For eight minutes."], "runs/demo/reward")
+score(["How do I boil an egg?"], ["For eight minutes."], "runs/demo/reward")
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 class SourceSpec(Protocol):
     """A line of a recipe's `reward:` (see `arguments.RewardSource`)."""
 
-    model: str | None
-    function: str | None
-    weight: float
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def function(self) -> str | None: ...
+    @property
+    def weight(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Part:
 
     name: str
     weight: float
-    compute: Callable[[Sequence[Sequence[Message]], list[list[int]], list[list[int]], list[str], list[dict[str, Any]]], Tensor]
+    compute: Callable[
+        [Sequence[Sequence[Message]], list[list[int]], list[list[int]], list[str], list[dict[str, Any]]], Tensor
+    ]
     parent: Parent | None = None
 
 
@@ -59,8 +64,13 @@ class Scorer:
         self.parts = parts
         self.encoder = encoder
 
-    def __call__(self, prompts: Sequence[Sequence[Message]], prompt_ids: list[list[int]], response_ids: list[list[int]],
-                 rows: list[dict[str, Any]]) -> Scores:
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        prompt_ids: list[list[int]],
+        response_ids: list[list[int]],
+        rows: list[dict[str, Any]],
+    ) -> Scores:
         """Score each response to its prompt.
 
         Args:
@@ -71,13 +81,15 @@ class Scorer:
         Raises:
             UserError: a function returned the wrong number of scores, or one that is not finite; names the row.
         """
-        texts = [self.encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in response_ids]
+        texts = self.encoder.texts(response_ids)
         found = {part.name: part.compute(prompts, prompt_ids, response_ids, texts, rows) for part in self.parts}
         for name, values in found.items():
             for index, value in enumerate(values.tolist()):
                 if not math.isfinite(value):
-                    raise UserError(f"reward {name!r} gave {value} for prompt {shorten(prompts[index][-1]['content'])}, "
-                                    f"response {shorten(texts[index])}; scores must be finite")
+                    raise UserError(
+                        f"reward {name!r} gave {value} for prompt {shorten(prompts[index][-1]['content'])}, "
+                        f"response {shorten(texts[index])}; scores must be finite"
+                    )
         total = sum((part.weight * found[part.name] for part in self.parts), torch.zeros(len(response_ids)))
         return Scores(total, found)
 
@@ -103,7 +115,8 @@ def _model_part(path: str, weight: float, encoder: ChatEncoder, device: torch.de
     refuse_other_heads(parent.path)
     tokenizer = load_tokenizer(parent.path)
     require_pad(tokenizer, path)
-    model = load_scalar_model(parent.path).to(device).eval().requires_grad_(False)
+    model: Any = load_scalar_model(parent.path)
+    model.to(device).eval().requires_grad_(False)
     same_tokenizer = tokenizer_hashes(tokenizer) == tokenizer_hashes(encoder.tokenizer)
     own = ChatEncoder(tokenizer)
     stops = {encoder.eos_id}
@@ -124,14 +137,18 @@ def _model_part(path: str, weight: float, encoder: ChatEncoder, device: torch.de
 def _function_part(name: str, weight: float) -> Part:
     function = import_function(name)
 
-    def compute(prompts: Any, prompt_ids: Any, response_ids: Any, texts: list[str], rows: list[dict[str, Any]]) -> Tensor:
+    def compute(
+        prompts: Any, prompt_ids: Any, response_ids: Any, texts: list[str], rows: list[dict[str, Any]]
+    ) -> Tensor:
         values = call_function(function, name, [prompt[-1]["content"] for prompt in prompts], texts, rows)
         return torch.tensor(values, dtype=torch.float32)
 
     return Part(name, weight, compute)
 
 
-def call_function(function: RewardFunction, name: str, prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
+def call_function(
+    function: RewardFunction, name: str, prompts: list[str], responses: list[str], rows: list[dict[str, Any]]
+) -> list[float]:
     """The function's scores, checked for number and type."""
     values = list(function(prompts, responses, rows))
     if len(values) != len(responses):
@@ -152,20 +169,26 @@ def import_function(name: str) -> RewardFunction:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"function {name!r}: module {module_name!r} cannot be imported ({error}); "
-                        "put it in the recipe's folder, the current folder or an installed package") from error
+        raise UserError(
+            f"function {name!r}: module {module_name!r} cannot be imported ({error}); "
+            "put it in the recipe's folder, the current folder or an installed package"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"function {name!r}: {module_name!r} has no function {attribute!r}")
     return function  # type: ignore[no-any-return]
 
 
-def score(prompts: Sequence[str | Sequence[Message]], responses: Sequence[str], reward: str, device: str = "cpu") -> list[float]:
+def score(
+    prompts: Sequence[str | Sequence[Message]], responses: Sequence[str], reward: str, device: str = "cpu"
+) -> list[float]:
     """Centred scores of finished responses by a reward model's folder, in one call."""
     encoder = ChatEncoder(load_tokenizer(reward))
     messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
     part = _model_part(reward, 1.0, encoder, torch.device(device))
     prompt_ids = [encoder.prompt_ids(p) for p in messages]
     response_ids = [encoder.response_ids(r) for r in responses]
-    found: list[float] = part.compute(messages, prompt_ids, response_ids, list(responses), [{}] * len(responses)).tolist()
+    found: list[float] = part.compute(
+        messages, prompt_ids, response_ids, list(responses), [{}] * len(responses)
+    ).tolist()
     return found

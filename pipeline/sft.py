@@ -1,13 +1,12 @@
 """Stage 2: supervised fine-tuning on demonstrations, on TRL's SFTTrainer with our own encoding.
 
-    accelerate launch pipeline/sft.py --config recipes/demo/sft.yaml
+accelerate launch pipeline/sft.py --config recipes/demo/sft.yaml
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import datasets
 from transformers import set_seed
@@ -56,27 +55,36 @@ def main(run: Run[SFTArguments]) -> None:
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
-        logger.warning("sft: the parent has no chat template; a plain `User:`/`Assistant:` one was assigned and is saved")
+        logger.warning(
+            "sft: the parent has no chat template; a plain `User:`/`Assistant:` one was assigned and is saved"
+        )
     if note := assign_pad(tokenizer, model):
         logger.warning("sft: %s", note)
     encoder = ChatEncoder(tokenizer)
 
     splits = [split_records(source.records, args.held_out_fraction) for source in sources]
-    train_examples = mixture(sources, [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)], args.seed)
+    train_examples = mixture(
+        sources, [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)], args.seed
+    )
     held_out_records = [record for _, part in splits for record in part]
     held_out = [e for s, (_, part) in zip(sources, splits, strict=True) for e in encode(encoder, s, part, args)]
     if not train_examples:
         raise UserError(f"no demonstration fits into max_tokens ({args.max_tokens}); raise it")
     if not held_out:
         raise UserError("no demonstration was held out; raise held_out_fraction or give more demonstrations")
-    rows = pack_examples(train_examples, args.max_tokens) if args.packing else [join_examples([e]) for e in train_examples]
+    rows = (
+        pack_examples(train_examples, args.max_tokens) if args.packing else [join_examples([e]) for e in train_examples]
+    )
     logger.info("sft: %d demonstrations in %d rows, %d held out", len(train_examples), len(rows), len(held_out))
 
     trainer = DemonstrationTrainer(
         model=model,
         args=training_arguments(
-            SFTConfig, run, None if args.best_metric == "none" else args.best_metric,
-            dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+            SFTConfig,
+            run,
+            None if args.best_metric == "none" else args.best_metric,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
             greater_is_better=args.best_metric not in ("none", "loss"),
         ),
         train_dataset=datasets.Dataset.from_list(rows),
@@ -93,13 +101,18 @@ def main(run: Run[SFTArguments]) -> None:
     resumed = train(trainer, run)
 
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
-    metrics |= {"demonstrations": len(train_examples), "held_out_demonstrations": len(held_out), "steps": trainer.state.global_step}
+    metrics |= {
+        "demonstrations": len(train_examples),
+        "held_out_demonstrations": len(held_out),
+        "steps": trainer.state.global_step,
+    }
     if args.best_metric != "none" and trainer.state.best_global_step is not None:
         metrics["best_step"] = trainer.state.best_global_step
     if args.lora is None:
         save_whole(trainer, tokenizer)
     elif run.is_main:
-        save_adapter(trainer, args, parent.path, tokenizer)
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        save_merged(trained, load_causal_lm(parent.path), tokenizer, Path(args.output_dir), args.merge_adapter)
     clear_resumes(run)
     run.finish(
         parents=[parent.record()],
@@ -153,8 +166,14 @@ def encode(encoder: ChatEncoder, source: Source, records: list[Record], args: SF
             examples.append((ids, labels))
     if too_long:
         lines = ", ".join(map(str, too_long[:5])) + (", …" if len(too_long) > 5 else "")
-        logger.warning("sft: %s: %d of %d demonstrations are longer than max_tokens (%d) and left out (lines %s)",
-                       source.name, len(too_long), len(records), args.max_tokens, lines)
+        logger.warning(
+            "sft: %s: %d of %d demonstrations are longer than max_tokens (%d) and left out (lines %s)",
+            source.name,
+            len(too_long),
+            len(records),
+            args.max_tokens,
+            lines,
+        )
     return examples
 
 
@@ -177,17 +196,6 @@ def mixture(sources: list[Source], parts: list[list[Example]], seed: int) -> lis
         mixed += repeats + rest
         logger.info("sft: %s: %d demonstrations drawn %d times in one epoch", sources[position].name, len(part), wanted)
     return mixed
-
-
-def save_adapter(trainer: Any, args: SFTArguments, parent_path: str, tokenizer: Any) -> None:
-    """The adapter, and the parent's fp32 weights with the adapter merged in."""
-    folder = Path(args.output_dir)
-    base = load_causal_lm(parent_path)
-    assign_pad(tokenizer, base)
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer))
-    save_merged(trainer.accelerator.unwrap_model(trainer.model), base, folder, args.merge_adapter)
-    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -101,8 +101,17 @@ class Run(Generic[Arguments]):
             print(f"{self.name}: already complete in {self.output.folder} for the same inputs", flush=True)
         return done
 
-    def finish(self, *, parents: list[dict[str, Any]], datasets: list[dict[str, Any]], tokenizer: Any, metrics: dict[str, Any],
-               flops: float, resumed_from: list[int], summary: str) -> None:
+    def finish(
+        self,
+        *,
+        parents: list[dict[str, Any]],
+        datasets: list[dict[str, Any]],
+        tokenizer: Any,
+        metrics: dict[str, Any],
+        flops: float,
+        resumed_from: list[int],
+        summary: str,
+    ) -> None:
         """On rank 0: model card, metrics.json, lineage.json; then one line on the terminal."""
         from pipeline.checkpoints import tokenizer_hashes
         from pipeline.metrics.cards import write_model_card
@@ -128,7 +137,9 @@ class Run(Generic[Arguments]):
         self.barrier()
 
 
-def launch(name: str, cls: type[Arguments], body: Callable[[Run[Arguments]], None], argv: Sequence[str] | None = None) -> None:
+def launch(
+    name: str, cls: type[Arguments], body: Callable[[Run[Arguments]], None], argv: Sequence[str] | None = None
+) -> None:
     """Run a stage's body between argument parsing and exit code; without --config, the demo's recipe."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -161,7 +172,13 @@ def _open(name: str, args: Arguments, rank: int) -> Run[Arguments]:
     _set_up_logging(args, folder, rank)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     used = torch.get_num_threads() * state.num_processes
-    logger.info("%s: %d process(es) on %s, %d CPU threads each", name, state.num_processes, state.device, torch.get_num_threads())
+    logger.info(
+        "%s: %d process(es) on %s, %d CPU threads each",
+        name,
+        state.num_processes,
+        state.device,
+        torch.get_num_threads(),
+    )
     if state.device.type == "cpu" and used < cores and rank == 0:
         logger.warning("%d CPU thread(s) used of %d cores; set OMP_NUM_THREADS or --threads", used, cores)
     _set_up_trackers(args, folder)
@@ -181,6 +198,8 @@ def _set_up_logging(args: arguments.StageArguments, folder: Path, rank: int) -> 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("trl").setLevel(logging.ERROR)
+    # Wants a kernel from the Hub that only makes 4-bit CPU layers faster.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     logger.handlers.clear()
@@ -205,7 +224,11 @@ def _set_up_trackers(args: arguments.StageArguments, folder: Path) -> None:
         os.environ.setdefault("WANDB_DIR", str(folder))
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_PROJECT", "rlhf-pipeline")
-        if "WANDB_MODE" not in os.environ and not os.environ.get("WANDB_API_KEY") and not (Path.home() / ".netrc").is_file():
+        if (
+            "WANDB_MODE" not in os.environ
+            and not os.environ.get("WANDB_API_KEY")
+            and not (Path.home() / ".netrc").is_file()
+        ):
             logger.info("wandb: no log-in found, writing offline to %s/wandb", folder)
             os.environ["WANDB_MODE"] = "offline"
 

@@ -24,11 +24,39 @@ from pipeline.stage import Run
 logger = logging.getLogger(__name__)
 RESUMES = "resumes.json"
 SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
-OWNED = {"output_dir", "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
-         "learning_rate", "bf16", "fp16", "report_to", "save_steps", "save_strategy", "logging_steps", "eval_steps",
-         "eval_strategy", "lr_scheduler_type", "warmup_steps", "optim", "max_grad_norm", "weight_decay", "adam_beta2",
-         "remove_unused_columns", "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "packing",
-         "max_length", "dataset_text_field", "completion_only_loss", "assistant_only_loss", "use_cpu"}
+OWNED = {
+    "output_dir",
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "bf16",
+    "fp16",
+    "report_to",
+    "save_steps",
+    "save_strategy",
+    "logging_steps",
+    "eval_steps",
+    "eval_strategy",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "max_grad_norm",
+    "weight_decay",
+    "adam_beta2",
+    "remove_unused_columns",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "packing",
+    "max_length",
+    "dataset_text_field",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "use_cpu",
+}
 
 
 def accumulation(args: TrainerArguments, processes: int) -> tuple[int, int]:
@@ -107,7 +135,9 @@ class StageCallback(TrainerCallback):
         self.tokens = 0
         self.count_tokens: Callable[[], int] = lambda: 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.clock, self.flops, self.tokens = time.perf_counter(), state.total_flos, self.count_tokens()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -115,7 +145,14 @@ class StageCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not self.run.is_main or not logs or "train_runtime" in logs:  # that one is no figure of ours (see design)
             return
         row = {key: value for key, value in logs.items() if key not in ("epoch", "num_tokens", "total_flos")}
@@ -133,31 +170,33 @@ class StageCallback(TrainerCallback):
 
 
 def _short(row: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+    )
 
 
 class StageTrainer:
     """Mixed in before a Trainer class: evaluation by `measure`, throughput beside every logged loss."""
 
-    measure: Callable[[Any], dict[str, float]]
+    measure: Any  # () -> held-out figures; every stage has its own
+    control: Any
     stage_callback: StageCallback
     tokens_seen = 0
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """The stage's own held-out metrics (token-weighted, over all processes), under Trainer's names."""
         model = self.model  # type: ignore[attr-defined]
         training = model.training
         model.eval()
-        with self.autocast_smart_context_manager_or_null():
-            found = type(self).measure(self)
+        with self.accelerator.autocast():  # type: ignore[attr-defined]
+            found = self.measure()
         model.train(training)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         self.log(dict(metrics))  # type: ignore[attr-defined]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[attr-defined]
         return metrics
-
-    def autocast_smart_context_manager_or_null(self) -> Any:
-        return self.accelerator.autocast()  # type: ignore[attr-defined]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         self.tokens_seen += int(inputs["input_ids"].numel()) * self.args.world_size  # type: ignore[attr-defined]

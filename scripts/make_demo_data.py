@@ -40,7 +40,7 @@ SEED = 20220304
 HELD_OUT_SHARE = 0.20
 CORPUS_BYTES = 1_200_000
 DEMONSTRATIONS = 4000
-RANKINGS = 2400
+RANKINGS = 4800
 TRAIN_PROMPTS = 1500
 HELD_OUT_PROMPTS = 240
 
@@ -768,9 +768,7 @@ def make_comparisons() -> list[Row]:
             ranked[labeler] += 1
             ranks = labelers.rank(prompt, responses, labeler, rng)
             row_id = f"comparison-{len(rows):05d}"
-            rows.append(
-                {"prompt": prompt, "responses": responses, "ranks": ranks, "labeler": labeler, "id": row_id}
-            )
+            rows.append({"prompt": prompt, "responses": responses, "ranks": ranks, "labeler": labeler, "id": row_id})
     return rows
 
 
@@ -909,8 +907,7 @@ def main(arguments: list[str] | None = None) -> int:
         differing = [
             path
             for path, rows in files.items()
-            if not (options.output / path).is_file()
-            or (options.output / path).read_bytes() != to_jsonl(rows).encode()
+            if not (options.output / path).is_file() or (options.output / path).read_bytes() != to_jsonl(rows).encode()
         ]
         for path in differing:
             print(f"{options.output / path}: differs from what this script writes", file=sys.stderr)

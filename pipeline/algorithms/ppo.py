@@ -22,7 +22,9 @@ def missing_eos_scores(scores: Tensor, stopped: Tensor, mode: str, value: float)
     return torch.where(stopped, scores, fallback)
 
 
-def shape_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
+) -> Tensor:
     """Per-token rewards: -kl_coef · log(π/π_ref) at every token, the score at the last one (I22, eq. 2; Z19).
 
     Args:
@@ -39,7 +41,9 @@ def shape_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, respon
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
 
-def compute_gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+def compute_gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation over response tokens (Schulman et al. 2016, eq. 16).
 
     Nothing is bootstrapped: the value after the last real token is 0, whether the response stopped or hit the length
@@ -69,7 +73,9 @@ def compute_gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: f
     return advantages, torch.where(response_mask, advantages + values, zero)
 
 
-def policy_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+def policy_losses(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float
+) -> tuple[Tensor, Tensor]:
     """Clipped surrogate of each token (Schulman et al. 2017, eq. 7), to be minimised.
 
     Args:

@@ -22,7 +22,9 @@ def pair_losses(difference: Tensor, target: Tensor) -> Tensor:
     return -(target * F.logsigmoid(difference) + (1 - target) * F.logsigmoid(-difference))
 
 
-def ranking_loss(scores: Tensor, better: Tensor, worse: Tensor, target: Tensor, margin: Tensor, pair_weight: Tensor, prompts: Tensor) -> Tensor:
+def ranking_loss(
+    scores: Tensor, better: Tensor, worse: Tensor, target: Tensor, margin: Tensor, pair_weight: Tensor, prompts: Tensor
+) -> Tensor:
     """Mean over prompts of the mean over each prompt's pairs (I22, section 3.5).
 
     Args:

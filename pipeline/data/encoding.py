@@ -79,7 +79,13 @@ class ChatEncoder:
         """A response, EOS last."""
         return [*self._content_ids({"role": "assistant", "content": response}), self.eos_id]
 
-    def dialogue(self, messages: Sequence[Message], first_trained: int = 0, loss_on: str = "responses") -> tuple[list[int], list[int]]:
+    def texts(self, response_ids: Sequence[Sequence[int]]) -> list[str]:
+        """What readers and judges see of responses: their text without control tokens."""
+        return [str(self.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in response_ids]
+
+    def dialogue(
+        self, messages: Sequence[Message], first_trained: int = 0, loss_on: str = "responses"
+    ) -> tuple[list[int], list[int]]:
         """A dialogue that ends with an answer, and its labels.
 
         Args:

@@ -48,7 +48,9 @@ class Problems:
 
     def refuse(self) -> None:
         if self.count:
-            more = f"\n… and {self.count - len(self.lines)} more in {self.source}" if self.count > len(self.lines) else ""
+            more = (
+                f"\n… and {self.count - len(self.lines)} more in {self.source}" if self.count > len(self.lines) else ""
+            )
             raise UserError("\n".join(self.lines) + more)
 
 
@@ -91,7 +93,9 @@ def _json_object(raw: bytes, first: bool) -> dict[str, Any] | None:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecordError(f"not UTF-8 (byte {error.start + 1}: {raw[error.start]:#04x}); save the file as UTF-8") from None
+        raise RecordError(
+            f"not UTF-8 (byte {error.start + 1}: {raw[error.start]:#04x}); save the file as UTF-8"
+        ) from None
     if "\x00" in text:
         raise RecordError("holds a NUL byte; the file is damaged or UTF-16, save it as UTF-8")
     if not text.strip():
@@ -195,10 +199,7 @@ def _hh_pair(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
     """HH style: `chosen` and `rejected` hold whole dialogues that differ in the last answer only."""
     dialogues = []
     for name in ("chosen", "rejected"):
-        if isinstance(row[name], list):
-            turns = _messages(row[name], name)
-        else:
-            turns = _hh_turns(_text(row, name), name)
+        turns = _messages(row[name], name) if isinstance(row[name], list) else _hh_turns(_text(row, name), name)
         if turns[-1]["role"] != "assistant":
             raise RecordError(f"`{name}` must end with an answer (`Assistant:` turn); or give `prompt` apart")
         dialogues.append(turns)
@@ -258,7 +259,9 @@ def _messages(value: Any, name: str) -> list[dict[str, str]]:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
             raise RecordError(f"`{name}`[{position}] must be {{role, content}} with text, got {shorten(message)}")
         if message["role"] not in ROLES:
-            raise RecordError(f"`{name}`[{position}]: unknown role {shorten(message['role'])}; use one of {', '.join(ROLES)}")
+            raise RecordError(
+                f"`{name}`[{position}]: unknown role {shorten(message['role'])}; use one of {', '.join(ROLES)}"
+            )
         if not message["content"].strip():
             raise RecordError(f"`{name}`[{position}]: content is empty; fill it or remove the row")
         if message["role"] == "system" and position > 0:
@@ -275,9 +278,8 @@ def _optional(row: dict[str, Any]) -> Record:
         if name in ("confidence", "margin"):
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise RecordError(f"`{name}` must be a finite number, got {shorten(value)}")
-        elif not isinstance(value, str):
-            if name != "id" or not isinstance(value, int):
-                raise RecordError(f"`{name}` must be text, got {shorten(value)}")
+        elif not isinstance(value, str) and (name != "id" or not isinstance(value, int)):
+            raise RecordError(f"`{name}` must be text, got {shorten(value)}")
         kept[name] = value
     return kept
 

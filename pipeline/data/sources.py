@@ -19,16 +19,26 @@ from pipeline.errors import UserError
 class Entry(Protocol):
     """What a dataset's line in a recipe says (see `arguments.DatasetEntry`)."""
 
-    path: str | None
-    hub: str | None
-    name: str | None
-    subset: str | None
-    split: str
-    revision: str | None
-    columns: dict[str, str] | None
-    weight: float | None
-    max_rows: int | None
-    document_separator: str | None
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def hub(self) -> str | None: ...
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def subset(self) -> str | None: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def columns(self) -> dict[str, str] | None: ...
+    @property
+    def weight(self) -> float | None: ...
+    @property
+    def max_rows(self) -> int | None: ...
+    @property
+    def document_separator(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,9 @@ def _with_columns(parse: Any, columns: dict[str, str] | None) -> Any:
     def renamed(row: dict[str, Any]) -> Record:
         for ours, theirs in columns.items():
             if theirs not in row:
-                raise RecordError(f"no column `{theirs}` (columns: {ours} ← {theirs}); columns are: {', '.join(sorted(row))}")
+                raise RecordError(
+                    f"no column `{theirs}` (columns: {ours} ← {theirs}); columns are: {', '.join(sorted(row))}"
+                )
         mapped = {ours: row[theirs] for ours, theirs in columns.items()}
         return parse({**{k: v for k, v in row.items() if k not in columns.values()}, **mapped})
 

@@ -13,16 +13,30 @@ TITLES = {
 }
 
 
-def write_model_card(folder: Path, stage: str, recipe: dict[str, Any], parents: list[dict[str, Any]],
-                     datasets: list[dict[str, Any]], metrics: dict[str, Any]) -> None:
+def write_model_card(
+    folder: Path,
+    stage: str,
+    recipe: dict[str, Any],
+    parents: list[dict[str, Any]],
+    datasets: list[dict[str, Any]],
+    metrics: dict[str, Any],
+) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     task = "text-classification" if stage == "reward" else "text-generation"
     data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["rlhf", stage])
-    figures = "\n".join(f"| {name} | {_figure(value)} |" for name, value in metrics.items() if not isinstance(value, dict | list))
+    figures = "\n".join(
+        f"| {name} | {_figure(value)} |" for name, value in metrics.items() if not isinstance(value, dict | list)
+    )
     sources = "\n".join(f"- {d['name']}: {d['rows']:,} rows, sha256 `{d['sha256'][:12]}`" for d in datasets)
-    parent = "\n".join(f"- {p['path']} ({p.get('stage') or 'external'}), weights sha256 `{p['weights_sha256'][:12]}`" for p in parents)
-    settings = "\n".join(f"| {key} | {value} |" for key, value in recipe.items() if isinstance(value, int | float | str) and key != "output_dir")
+    parent = "\n".join(
+        f"- {p['path']} ({p.get('stage') or 'external'}), weights sha256 `{p['weights_sha256'][:12]}`" for p in parents
+    )
+    settings = "\n".join(
+        f"| {key} | {value} |"
+        for key, value in recipe.items()
+        if isinstance(value, int | float | str) and key != "output_dir"
+    )
     text = f"""---
 {data.to_yaml()}
 ---

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.loading import linear_module_names
+from pipeline.models.loading import fit_embeddings, linear_module_names
 
 
 def lora_config(model: PreTrainedModel, options: Any, task_type: str) -> LoraConfig:
@@ -24,15 +24,22 @@ def lora_config(model: PreTrainedModel, options: Any, task_type: str) -> LoraCon
     )
 
 
-def save_merged(trained: PeftModel, base: PreTrainedModel, folder: Path, merge: bool) -> None:
-    """The adapter to `folder/adapter`; to `folder` the fp32 base with the adapter merged in, or the bare base.
+def save_merged(
+    trained: PeftModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool
+) -> None:
+    """The adapter to `folder/adapter`; to `folder` the fp32 base with the adapter merged in, or the bare base; tokenizer too.
 
     Args:
         trained: the trained adapter on its (possibly 4-/8-bit) base.
         base: the same base, freshly loaded in fp32: quantised weights would merge with their rounding.
     """
-    trained.save_pretrained(folder / "adapter")
+    fit_embeddings(base, len(tokenizer))  # the run may have added a pad token
+    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if base.generation_config is not None:
+        base.generation_config.pad_token_id = tokenizer.pad_token_id
+    trained.save_pretrained(str(folder / "adapter"))
     if merge:
         with torch.no_grad():
             base = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
     base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -54,7 +54,9 @@ def quantization_config(bits: str) -> transformers.BitsAndBytesConfig:
     )
 
 
-def new_causal_lm(config_class: str, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase, block_tokens: int) -> PreTrainedModel:
+def new_causal_lm(
+    config_class: str, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase, block_tokens: int
+) -> PreTrainedModel:
     """A randomly initialised model: `config_class` of transformers with the recipe's sizes and the tokenizer's ids."""
     cls = getattr(transformers, config_class, None)
     if cls is None or not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedConfig)):
@@ -85,7 +87,9 @@ def refuse_beyond_context(config: Any, tokens: int, key: str) -> None:
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if limit is not None and tokens > limit:
-        raise UserError(f"{key}: {tokens} tokens exceed the model's context of {limit}; lower it or take a longer context")
+        raise UserError(
+            f"{key}: {tokens} tokens exceed the model's context of {limit}; lower it or take a longer context"
+        )
 
 
 def require_pad(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
@@ -94,6 +98,13 @@ def require_pad(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         raise UserError(
             f"{path!r} has no pad token apart from EOS; run SFT (or reward) from it, which assigns one and saves it"
         )
+
+
+def fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
+    """More rows for new tokens; never fewer (some models keep spare rows)."""
+    table: Any = model.get_input_embeddings()
+    if tokens > table.weight.shape[0]:
+        model.resize_token_embeddings(tokens)
 
 
 def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str | None:
@@ -105,9 +116,7 @@ def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> st
     taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
     existing = next((name for name in PAD_NAMES if name in vocabulary and name not in taken), None)
     tokenizer.add_special_tokens({"pad_token": existing or "<|pad|>"})
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer))
+    fit_embeddings(model, len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -128,7 +137,9 @@ def resolve_precision(precision: str) -> bool:
     return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) is not None
 
 
-def linear_module_names(model: PreTrainedModel, leave_out: Iterable[str] = ("lm_head", "score", "classifier", "embed_out")) -> list[str]:
+def linear_module_names(
+    model: PreTrainedModel, leave_out: Iterable[str] = ("lm_head", "score", "classifier", "embed_out")
+) -> list[str]:
     """Last name parts of a model's linear layers, without its heads: LoRA's default targets."""
     from transformers.pytorch_utils import Conv1D
 

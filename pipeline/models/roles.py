@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +24,8 @@ class PolicyModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, temperature: float, forbidden: list[int]):
         super().__init__()
-        self.model = model
+        self.model: Any = model
+        self.forbidden: Tensor
         self.temperature = temperature
         self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.long), persistent=False)
 
@@ -41,9 +44,7 @@ class PolicyModel(nn.Module):
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         picked = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))[mask]
         chunk = max(1, LOGITS_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
-        parts = [
-            self._chunk(h, t) for h, t in zip(picked.split(chunk), tokens[mask].split(chunk), strict=True)
-        ]
+        parts = [self._chunk(h, t) for h, t in zip(picked.split(chunk), tokens[mask].split(chunk), strict=True)]
         logprobs = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
         entropy = torch.zeros_like(logprobs)
         logprobs = logprobs.masked_scatter(mask, torch.cat([lp for lp, _ in parts]))
@@ -66,7 +67,9 @@ class PolicyModel(nn.Module):
         ids = torch.arange(4, device=device)[None] % self.model.config.get_text_config().vocab_size
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         direct = self.model.get_output_embeddings()(hidden)
-        if not torch.allclose(direct.float(), self.model(input_ids=ids, use_cache=False).logits.float(), atol=1e-4, rtol=1e-4):
+        if not torch.allclose(
+            direct.float(), self.model(input_ids=ids, use_cache=False).logits.float(), atol=1e-4, rtol=1e-4
+        ):
             raise UserError(
                 f"{type(self.model).__name__} changes its logits after the LM head (soft-capping or scaling); "
                 "PPO does not support that yet"

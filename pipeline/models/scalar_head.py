@@ -73,7 +73,9 @@ def score_offset(model: nn.Module) -> float:
 
 
 @torch.no_grad()
-def score_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, tokens_per_batch: int = 16384) -> Tensor:
+def score_ids(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, tokens_per_batch: int = 16384
+) -> Tensor:
     """Centred scores of token rows, read at each row's last token.
 
     Args:
