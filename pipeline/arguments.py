@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-import yaml
-
 from pipeline.errors import UserError, shorten
+
+import yaml
 
 Precision = Literal["fp32", "bf16", "auto"]
 TRACKERS = ("wandb", "tensorboard", "trackio")

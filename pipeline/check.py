@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from pipeline import arguments
 from pipeline.arguments import STAGES, recipe_stages
 from pipeline.checkpoints import verify_parent
@@ -18,6 +15,9 @@ from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.models.loading import load_tokenizer
 from pipeline.scoring import import_function
+
+from rich.console import Console
+from rich.table import Table
 
 KINDS = {"pretrain": "document", "sft": "demonstration", "reward": "ranking", "ppo": "prompt"}
 PARENTS = {

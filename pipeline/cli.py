@@ -61,9 +61,14 @@ def _dispatch(args: argparse.Namespace) -> int:
         return run_recipe(args)
     if args.command == "check":
         from pipeline.check import check_recipe
+        from pipeline.stage import quiet_libraries
 
+        quiet_libraries()
         return check_recipe(args.recipe, args.data_root)
     from pipeline.report import write_report
+    from pipeline.stage import quiet_libraries
+
+    quiet_libraries()
 
     write_report(
         args.run_dir,

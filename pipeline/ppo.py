@@ -18,12 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object, set_seed
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-
 from pipeline.algorithms.kl import k1, k3
 from pipeline.algorithms.masking import masked_sum, whiten
 from pipeline.algorithms.ppo import compute_gae, missing_eos_scores, policy_losses, shape_rewards, value_losses
@@ -44,6 +38,12 @@ from pipeline.rollout import Rollout, generate, row_uniforms
 from pipeline.scoring import Scorer, build_scorer, call_function, import_function
 from pipeline.stage import Run, launch
 from pipeline.training import RESUMES, clear_resumes
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -101,6 +101,8 @@ def main(run: Run[PPOArguments]) -> None:
     bar = tqdm(
         total=args.total_rollouts, initial=state.rollout, desc="ppo", unit="rollout", disable=not run.show_progress
     )
+    if args.eval_rollouts and state.rollout == 0:  # where every curve starts: policy = reference
+        log(run, accelerator, 0, loop.evaluate(eval_prompts[: args.eval_prompts])[0])
     while state.rollout < args.total_rollouts:
         start = time.perf_counter()
         records = prompt_batch(train_prompts, state.rollout, args)
@@ -109,9 +111,10 @@ def main(run: Run[PPOArguments]) -> None:
         state.rollout += 1
         figures["seconds"] = time.perf_counter() - start
         figures["episodes_per_second"] = args.prompts_per_rollout / figures["seconds"]
-        if args.eval_rollouts and state.rollout % args.eval_rollouts == 0 and state.rollout < args.total_rollouts:
+        evaluated = args.eval_rollouts is not None and state.rollout % args.eval_rollouts == 0
+        if evaluated:
             figures |= loop.evaluate(eval_prompts[: args.eval_prompts])[0]
-        if state.rollout % args.logging_steps == 0 or state.rollout == args.total_rollouts:
+        if evaluated or state.rollout % args.logging_steps == 0 or state.rollout == args.total_rollouts:
             log(run, accelerator, state.rollout, figures)
         bar.update()
         stop = run.interrupted()
@@ -648,7 +651,7 @@ def begin(run: Run[PPOArguments], rollout: int) -> list[int]:
         logger.info("ppo: resuming from rollout %d", rollout)
     run.barrier()
     if run.is_main:
-        history.rewind(run.output.folder, rollout)
+        history.rewind(run.output.folder, rollout or -1)
         write_json(path, resumed)
         for stray in run.output.folder.glob("checkpoint-*.tmp"):
             shutil.rmtree(stray)
@@ -662,15 +665,9 @@ def begin(run: Run[PPOArguments], rollout: int) -> list[int]:
 def log(run: Run[PPOArguments], accelerator: Accelerator, rollout: int, figures: dict[str, float]) -> None:
     if run.is_main:
         history.append(run.output.folder, {"step": rollout, **{k: round(v, 8) for k, v in figures.items()}})
-        logger.info(
-            "ppo rollout %d/%d: score %.3f, kl %.2f, %.1f tokens, %.1f episodes/s",
-            rollout,
-            run.args.total_rollouts,
-            figures["score"],
-            figures["kl"],
-            figures["response_tokens"],
-            figures["episodes_per_second"],
-        )
+        read = ("score", "kl", "response_tokens", "episodes_per_second", "eval_score", "eval_kl")
+        shown = ", ".join(f"{name} {figures[name]:.3f}" for name in read if name in figures)
+        logger.info("ppo rollout %d/%d: %s", rollout, run.args.total_rollouts, shown)
     accelerator.log(figures, step=rollout)
 
 

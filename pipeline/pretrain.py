@@ -9,9 +9,6 @@ import logging
 import math
 from typing import Any
 
-import datasets
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-
 from pipeline.arguments import PretrainArguments
 from pipeline.checkpoints import Parent, verify_parent
 from pipeline.data.collators import BlockCollator
@@ -33,6 +30,9 @@ from pipeline.training import (
     train,
     training_arguments,
 )
+
+import datasets
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 logger = logging.getLogger(__name__)
 SINGLE_DOCUMENT_HELD_OUT = 0.05

@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from pipeline.arguments import DatasetEntry
 from pipeline.checkpoints import read_lineage, weights_sha256, write_json
 from pipeline.data.encoding import ChatEncoder, forbidden_ids
@@ -26,6 +23,9 @@ from pipeline.metrics import WinRate, history
 from pipeline.models.loading import load_causal_lm, load_tokenizer
 from pipeline.rollout import generate, row_uniforms
 from pipeline.scoring import call_function, import_function, score
+
+import numpy as np
+import torch
 
 logger = logging.getLogger(__name__)
 STAGES = ("pretrain", "sft", "reward", "ppo")
@@ -256,24 +256,18 @@ def plots(folder: Path, lineages: dict[str, Any]) -> dict[str, list[str]]:
                     _curve(f"{stage}: {title}", "rollout" if stage == "ppo" else "optimizer step", unit, series)
                 )
         points = frontier(folder) if stage == "ppo" else []
-        judges = (
-            [key for key in points[0] if key in {n.split(":")[0] for n in lineages["ppo"]["recipe"].get("judges", [])}]
-            if points
-            else []
-        )
-        for judge in judges:
-            drawn[stage].append(
-                _curve(
-                    f"ppo: {judge} over KL, held out",
-                    "KL, nats a response",
-                    f"mean {judge}",
-                    {judge: [(p["kl"], p[judge]) for p in points]},
-                )
-            )
+        for judge in ["reward", *(name.split(":")[0] for name in lineages[stage]["recipe"].get("judges", []))]:
+            if points:
+                series = {judge: [(point["kl"], point[judge]) for point in points]}
+                labels = [str(point["step"]) for point in points]
+                title = f"ppo: {judge} over KL, held out, by rollout"
+                drawn[stage].append(_curve(title, "KL, nats a response", f"mean {judge}", series, labels))
     return drawn
 
 
-def _curve(title: str, xlabel: str, ylabel: str, series: dict[str, list[tuple[float, float]]]) -> str:
+def _curve(
+    title: str, xlabel: str, ylabel: str, series: dict[str, list[tuple[float, float]]], labels: Sequence[str] = ()
+) -> str:
     import matplotlib
 
     matplotlib.use("svg")
@@ -301,6 +295,8 @@ def _curve(title: str, xlabel: str, ylabel: str, series: dict[str, list[tuple[fl
                 markersize=4,
                 linewidth=1.6,
             )
+        for (x, y), text in zip(next(iter(series.values())), labels, strict=False):
+            axes.annotate(text, (x, y), xytext=(4, -11), textcoords="offset points", fontsize=8)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)

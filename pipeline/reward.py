@@ -13,12 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-from torch.utils.data import DataLoader
-from transformers import set_seed
-from trl import RewardConfig, RewardTrainer
-
 from pipeline.algorithms.preference import ranking_loss
 from pipeline.arguments import RewardArguments
 from pipeline.checkpoints import verify_parent
@@ -36,6 +30,12 @@ from pipeline.models.scalar_head import OFFSET, init_head, load_scalar_model, sc
 from pipeline.scoring import call_function, import_function
 from pipeline.stage import Run, launch
 from pipeline.training import StageTrainer, clear_resumes, prepare_trainer, save_whole, train, training_arguments
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from transformers import set_seed
+from trl import RewardConfig, RewardTrainer
 
 logger = logging.getLogger(__name__)
 

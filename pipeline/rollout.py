@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pipeline.algorithms.logprobs import sample_tokens, tempered_logits
 from pipeline.data.encoding import forbidden_ids
+
+import torch
+from torch import Tensor
 
 
 @dataclass

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from pipeline.checkpoints import Parent, tokenizer_hashes, verify_parent
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
 from pipeline.models.loading import load_tokenizer, require_pad
 from pipeline.models.scalar_head import load_scalar_model, refuse_other_heads, score_ids
+
+import torch
+from torch import Tensor
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,10 +8,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import datasets
-from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
-
 from pipeline.arguments import SFTArguments
 from pipeline.checkpoints import verify_parent
 from pipeline.data.collators import BlockCollator
@@ -36,6 +32,10 @@ from pipeline.training import (
     train,
     training_arguments,
 )
+
+import datasets
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
 
 logger = logging.getLogger(__name__)
 Example = tuple[list[int], list[int]]

@@ -189,19 +189,22 @@ def _open(name: str, args: Arguments, rank: int) -> Run[Arguments]:
     return Run(name, args, output, Interruption(), rank=state.process_index, processes=state.num_processes)
 
 
-def _set_up_logging(args: arguments.StageArguments, folder: Path, rank: int) -> None:
-    """Everything to `log.txt`; to the terminal info lines, or only warnings with --quiet or where no person reads."""
+def quiet_libraries() -> None:
+    """What libraries say while they load is not what our user asked; errors still pass."""
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    # Wants a kernel from the Hub that only makes 4-bit CPU layers faster.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in ("trl", "py.warnings"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+
+
+def _set_up_logging(args: arguments.StageArguments, folder: Path, rank: int) -> None:
+    """Everything to `log.txt`; to the terminal info lines, or only warnings with --quiet or where no person reads."""
+    quiet_libraries()
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)

@@ -9,10 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from pipeline.arguments import TrainerArguments
 from pipeline.checkpoints import checkpoint_step, write_json
 from pipeline.errors import UserError
@@ -20,6 +16,10 @@ from pipeline.metrics import history
 from pipeline.metrics.language import token_nll
 from pipeline.models.loading import resolve_precision
 from pipeline.stage import Run
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 RESUMES = "resumes.json"
@@ -253,7 +253,7 @@ def _record_resume(run: Run[Any], step: int) -> list[int]:
         resumed = []
     run.barrier()
     if run.is_main:
-        history.rewind(run.output.folder, step)
+        history.rewind(run.output.folder, step or -1)
         write_json(path, resumed)
         for broken in run.output.checkpoints():  # killed while it was written
             if checkpoint_step(broken) > step:

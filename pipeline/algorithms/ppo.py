@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pipeline.algorithms.kl import k1
+
 import torch
 from torch import Tensor
-
-from pipeline.algorithms.kl import k1
 
 
 def missing_eos_scores(scores: Tensor, stopped: Tensor, mode: str, value: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,10 +34,3 @@ def ranking_loss(
     """
     difference = scores[better] - scores[worse] - margin
     return (pair_losses(difference, target) * pair_weight).sum() / prompts.clamp(min=1)
-
-
-def pair_accuracy(scores: Tensor, better: Tensor, worse: Tensor, target: Tensor) -> Tensor:
-    """(pairs,) 1 where the better response scores higher, 0.5 where scores are equal, 0 else; ties of the labeler are NaN."""
-    difference = scores[better] - scores[worse]
-    right = (difference > 0).float() + 0.5 * (difference == 0).float()
-    return torch.where(target == 0.5, torch.nan, right)

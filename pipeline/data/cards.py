@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.errors import UserError
+
+import yaml
 
 
 def read_card(folder: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.encoding import IGNORE
+
 import torch
 from torch import Tensor
-
-from pipeline.data.encoding import IGNORE
 
 
 def right_pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -10,10 +10,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.errors import UserError
+
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
-
-from pipeline.errors import UserError
 
 Message = dict[str, str]
 IGNORE = -100

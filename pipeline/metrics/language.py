@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from pipeline.data.encoding import IGNORE
+
 import datasets
 import evaluate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from pipeline.data.encoding import IGNORE
 
 
 class Perplexity(evaluate.Metric):

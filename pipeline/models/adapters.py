@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.models.loading import fit_embeddings, linear_module_names
+
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from pipeline.models.loading import fit_embeddings, linear_module_names
 
 
 def lora_config(model: PreTrainedModel, options: Any, task_type: str) -> LoraConfig:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.algorithms.logprobs import tempered_logits, token_logprobs
+from pipeline.errors import UserError
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-
-from pipeline.algorithms.logprobs import tempered_logits, token_logprobs
-from pipeline.errors import UserError
 
 LOGITS_BYTES = 256 * 2**20  # of fp32 logits alive at once
 
@@ -18,7 +18,7 @@ LOGITS_BYTES = 256 * 2**20  # of fp32 logits alive at once
 class PolicyModel(nn.Module):
     """A causal LM that answers with log-probabilities of given response tokens.
 
-    Hidden states are picked at response positions before the LM head, and the head runs in chunks that are
+    Hidden states are picked at response positions before the LM head, and a large head runs in chunks that are
     recomputed in the backward pass, so a (batch, length, vocab) tensor never exists.
     """
 
@@ -44,19 +44,20 @@ class PolicyModel(nn.Module):
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         picked = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))[mask]
         chunk = max(1, LOGITS_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
-        parts = [self._chunk(h, t) for h, t in zip(picked.split(chunk), tokens[mask].split(chunk), strict=True)]
+        pieces = list(zip(picked.split(chunk), tokens[mask].split(chunk), strict=True))
+        parts = [self._chunk(h, t, recompute=len(pieces) > 1) for h, t in pieces]
         logprobs = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
         entropy = torch.zeros_like(logprobs)
         logprobs = logprobs.masked_scatter(mask, torch.cat([lp for lp, _ in parts]))
         entropy = entropy.masked_scatter(mask, torch.cat([e for _, e in parts]))
         return logprobs, entropy
 
-    def _chunk(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _chunk(self, hidden: Tensor, tokens: Tensor, recompute: bool) -> tuple[Tensor, Tensor]:
         def run(hidden: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.model.get_output_embeddings()(hidden)
             return token_logprobs(tempered_logits(logits, self.temperature, self.forbidden), tokens)
 
-        if torch.is_grad_enabled():
+        if recompute and torch.is_grad_enabled():
             return checkpoint(run, hidden, use_reentrant=False)
         return run(hidden)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
-
 from pipeline.data.collators import right_pad
 from pipeline.errors import UserError
 from pipeline.models.loading import _load
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 OFFSET = "score_offset"
 
