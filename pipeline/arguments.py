@@ -20,7 +20,7 @@ from pipeline.errors import UserError, shorten
 import yaml
 
 Precision = Literal["fp32", "bf16", "auto"]
-TRACKERS = ("wandb", "tensorboard", "trackio")
+TRACKERS = ("wandb", "tensorboard", "trackio", "none")
 
 
 def key(default: Any, help: str) -> Any:
@@ -96,6 +96,11 @@ class StageArguments:
     threads: int | None = key(None, "CPU threads of each process; default: what the launcher set")
     quiet: bool = key(False, "no progress bar; warnings and the summary line only")
 
+    @property
+    def trackers(self) -> list[str]:
+        """`report_to` without `none`, by which a flag takes a recipe's trackers away."""
+        return [tracker for tracker in self.report_to if tracker != "none"]
+
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "held_out_fraction": (0, 0.9),
         "logging_steps": (1, 1e9),
@@ -111,7 +116,7 @@ class StageArguments:
         if not self.datasets:
             raise ValueError("datasets is missing or empty; name at least one `- path:` or `- hub:`")
         for tracker in self.report_to:
-            if tracker not in TRACKERS:
+            if tracker not in TRACKERS or (tracker == "none" and len(self.report_to) > 1):
                 raise ValueError(f"report_to: unknown tracker {tracker!r}; known: {', '.join(TRACKERS)}")
         if self.save_steps % self.logging_steps:
             raise ValueError(
@@ -394,15 +399,20 @@ def _parse_flags(stage: type[Arguments], values: dict[str, Any], argv: list[str]
             raise UserError(f"command line: {message}; `--help` lists the keys")
 
     # Values of a recipe arrive checked and built; the parser must not see their types, only the flags'.
-    parser = Parser(dataclass_types=[typing.cast(Any, stage)])
+    parser = Parser(dataclass_types=[typing.cast(Any, stage)], allow_abbrev=False)
     parser.set_defaults_with_config(**values)
     for action in parser._actions:
         if action.type is RewardSource:
             action.type = _reward_source
     try:
-        (parsed,) = parser.parse_args_into_dataclasses(args=argv)
-    except ValueError as error:  # a dataclass's own cross-field check, or an unknown flag
+        parsed, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    except ValueError as error:  # a dataclass's own cross-field check
         raise UserError(str(error)) from error
+    if rest:
+        known = [f"--{field.name}" for field in dataclasses.fields(stage)]
+        near = difflib.get_close_matches(rest[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`--help` lists the keys"
+        raise UserError(f"command line: unknown flag {rest[0]!r}; {hint}")
     return parsed
 
 

@@ -63,9 +63,7 @@ class State:
 def main(run: Run[PPOArguments]) -> None:
     args = run.args
     bf16 = resolve_precision(args.precision)
-    accelerator = Accelerator(
-        mixed_precision="no", log_with=list(args.report_to) or None, cpu=not torch.cuda.is_available()
-    )
+    accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=not torch.cuda.is_available())
     refuse_backend(accelerator, args)
     parent = verify_parent(args.parent, ("sft", "ppo"))
     sources = read_sources(args.datasets, "prompt", args.data_root)
@@ -91,7 +89,7 @@ def main(run: Run[PPOArguments]) -> None:
     set_seed(args.seed)
     loop = Loop(run, args, accelerator, bf16, encoder, scorer, judges, parent, value_parent, checkpoint, state)
     resumed = begin(run, state.rollout)
-    if args.report_to:
+    if args.trackers:
         accelerator.init_trackers(
             "rlhf-pipeline",
             config={k: str(v) for k, v in run.output.recipe.items()},
@@ -137,7 +135,7 @@ def main(run: Run[PPOArguments]) -> None:
         loop.save_final(Path(args.output_dir))
         write_json(Path(args.output_dir) / "samples.json", samples)
     clear_resumes(run)
-    if args.report_to:
+    if args.trackers:
         accelerator.end_training()
     run.finish(
         parents=[parent.record(), *(part.parent.record() for part in scorer.parts if part.parent)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.util
 import logging
 import os
 import signal
@@ -219,11 +220,11 @@ def _set_up_logging(args: arguments.StageArguments, folder: Path, rank: int) -> 
 
 
 def _set_up_trackers(args: arguments.StageArguments, folder: Path) -> None:
-    if "wandb" in args.report_to:
-        import importlib.util
-
-        if importlib.util.find_spec("wandb") is None:
-            raise UserError("report_to: wandb is not installed; pip install wandb, or drop it from report_to")
+    for tracker in args.trackers:
+        modules = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+        if not any(importlib.util.find_spec(module) for module in modules):
+            raise UserError(f"report_to: {tracker} is not installed; pip install {tracker}, or say `report_to: [none]`")
+    if "wandb" in args.trackers:
         os.environ.setdefault("WANDB_DIR", str(folder))
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_PROJECT", "rlhf-pipeline")

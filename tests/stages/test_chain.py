@@ -1,0 +1,158 @@
+"""The four stages as their users start them: `accelerate launch`, one process and two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from conftest import CARDS, STAGES, launch, lineage, tiny_flags
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+KEYS = {
+    "stage", "status", "recipe", "parents", "datasets", "tokenizer_sha256", "chat_template_sha256", "code", "packages", "hardware",
+    "seconds", "flops", "metrics", "started", "finished", "processes", "resumed_from", "weights_sha256", "fingerprint",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, chain: Path, recipes: Path) -> Path:
+    """Each stage again in two processes, from the one-process parents."""
+    run = tmp_path_factory.mktemp("pair")
+    for stage in STAGES:
+        parents: dict[str, Any] = (
+            {} if stage == "pretrain" else {"parent": chain / ("pretrain" if stage == "sft" else "sft")}
+        )
+        if stage == "ppo":
+            parents["reward"] = chain / "reward"
+        changes = {"examples_per_device": 4} if stage in ("pretrain", "sft") else {}
+        launch(
+            stage,
+            tiny_flags(stage, run, config=recipes / f"{stage}.yaml", report_to=None, **parents, **changes),
+            processes=2,
+        )
+    return run
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_leaves_what_the_design_says(chain: Path, stage: str) -> None:
+    folder = chain / stage
+    record = lineage(folder)
+    assert set(record) == KEYS
+    assert (record["stage"], record["status"], record["processes"], record["resumed_from"]) == (
+        stage,
+        "complete",
+        1,
+        [],
+    )
+    assert record["seconds"] > 0
+    assert record["flops"] > 0
+    assert json.loads((folder / "metrics.json").read_text()) == record["metrics"]
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "history.jsonl", "log.txt"} <= names
+    assert not [name for name in names if name.startswith("checkpoint-") or name.endswith((".bin", ".tmp"))]
+    for dataset in record["datasets"]:
+        assert dataset["rows"] > 0
+        assert len(dataset["sha256"]) == 64
+    if stage != "pretrain":
+        assert (
+            record["parents"][0]["weights_sha256"]
+            == lineage(chain / ("pretrain" if stage == "sft" else "sft"))["weights_sha256"]
+        )
+
+
+def test_plain_transformers_loads_every_folder(chain: Path) -> None:
+    for folder, auto in (
+        ("pretrain", AutoModelForCausalLM),
+        ("sft", AutoModelForCausalLM),
+        ("ppo", AutoModelForCausalLM),
+        ("reward", AutoModelForSequenceClassification),
+        ("ppo/value", AutoModelForSequenceClassification),
+    ):
+        model, loading = auto.from_pretrained(chain / folder, output_loading_info=True)
+        assert not loading["missing_keys"], folder
+        assert not loading["unexpected_keys"], folder
+        tokenizer = AutoTokenizer.from_pretrained(chain / folder)
+        assert tokenizer.chat_template
+        assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_training_moved_every_stage(chain: Path) -> None:
+    for stage in ("pretrain", "sft", "reward"):
+        losses = [row["eval_loss"] for row in _history(chain / stage) if "eval_loss" in row]
+        assert losses[-1] < losses[0], (stage, losses)
+    pretrained, tuned = (AutoModelForCausalLM.from_pretrained(chain / s).state_dict() for s in ("pretrain", "sft"))
+    assert any(not torch.equal(pretrained[name], tuned[name]) for name in pretrained)
+
+
+def test_pretraining_reports_epochs_and_throughput(chain: Path) -> None:
+    record = lineage(chain / "pretrain")
+    assert record["datasets"][0]["epochs_seen"] > 0
+    steps = [row for row in _history(chain / "pretrain") if "loss" in row]
+    assert all(row["tokens_per_second"] > 0 and row["model_flops_per_second"] > 0 for row in steps)
+    assert record["metrics"]["bits_per_byte"] < 8
+
+
+def test_demonstrations_score_zero_on_average(chain: Path) -> None:
+    """The offset in the config centres the scores that users get (design: demonstrations average 0)."""
+    from pipeline.data.splits import split_records
+    from pipeline.scoring import score
+
+    rows = [json.loads(line) for line in (CARDS / "demo_demonstrations" / "train.jsonl").read_text().splitlines()[:500]]
+    kept, _ = split_records(
+        [{"prompt": [{"role": "user", "content": r["prompt"]}], **{"response": r["response"]}} for r in rows], 0.0
+    )
+    found = score([r["prompt"] for r in kept], [r["response"] for r in kept], str(chain / "reward"))
+    assert sum(found) / len(found) == pytest.approx(0, abs=1e-3)
+    assert lineage(chain / "reward")["metrics"]["score_offset"] != 0
+
+
+def test_reward_reports_what_the_report_needs(chain: Path) -> None:
+    metrics = lineage(chain / "reward")["metrics"]
+    low, high = metrics["accuracy_ci95"]
+    assert 0 <= low <= metrics["accuracy"] <= high <= 1
+    assert set(metrics["accuracy_by_labeler"]) == {"ana", "ben", "chloe", "dev", "erik"}
+    assert 0 < metrics["held_out_labeler_accuracy"] <= 1
+    assert metrics["accuracy"] < metrics["noise_ceiling"] < 1
+
+
+def test_ppo_takes_exactly_the_steps_it_promises(chain: Path) -> None:
+    metrics = lineage(chain / "ppo")["metrics"]
+    assert metrics["policy_steps"] == metrics["value_steps"] == 6 * 2 * 2  # rollouts × epochs × minibatches
+    assert metrics["episodes"] == 6 * 16
+
+
+def test_ppo_starts_on_policy(chain: Path) -> None:
+    """In the first minibatch the policy is the one that sampled: log ratio 0, nothing clipped."""
+    for row in _history(chain / "ppo"):
+        if "ratio_first_minibatch" in row:
+            assert row["ratio_first_minibatch"] < 1e-5
+    first = next(row for row in _history(chain / "ppo") if row["step"] == 0)
+    assert first["eval_kl"] == pytest.approx(0, abs=1e-5)
+    assert first["eval_score"] == pytest.approx(first["eval_reference_score"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes(pair: Path, chain: Path, stage: str) -> None:
+    one, two = lineage(chain / stage), lineage(pair / stage)
+    assert two["processes"] == 2
+    assert two["parents"] == ([] if stage == "pretrain" else two["parents"])
+    name = {"pretrain": "loss", "sft": "loss", "reward": "accuracy", "ppo": "reference_score"}[stage]
+    assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=0.02), (
+        "same global batch, same data, same result"
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_stage_is_not_run_again(chain: Path, recipes: Path, stage: str) -> None:
+    before = (chain / stage / "model.safetensors").stat().st_mtime_ns
+    done = launch(stage, tiny_flags(stage, chain, config=recipes / f"{stage}.yaml", report_to=None))
+    assert "already complete" in done.stdout
+    assert (chain / stage / "model.safetensors").stat().st_mtime_ns == before
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
