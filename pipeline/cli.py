@@ -78,3 +78,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         data_root=args.data_root,
     )
     return 0
+
+
+if __name__ == "__main__":
+    main()

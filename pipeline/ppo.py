@@ -23,7 +23,7 @@ from pipeline.algorithms.masking import masked_sum, whiten
 from pipeline.algorithms.ppo import compute_gae, missing_eos_scores, policy_losses, shape_rewards, value_losses
 from pipeline.algorithms.schedules import lr_factor
 from pipeline.arguments import PPOArguments
-from pipeline.checkpoints import Parent, checkpoint_step, verify_parent, write_json, writing
+from pipeline.checkpoints import Parent, checkpoint_step, tokenizer_hashes, verify_parent, write_json, writing
 from pipeline.data.collators import right_pad
 from pipeline.data.encoding import ChatEncoder, forbidden_ids
 from pipeline.data.records import Record
@@ -615,7 +615,7 @@ def load_value(
         return load_scalar_model(str(checkpoint / "value"))
     if args.value_init == "reward":
         assert value_parent is not None
-        if value_parent.tokenizer_sha256 not in (None, parent.tokenizer_sha256) and parent.tokenizer_sha256 is not None:
+        if tokenizer_hashes(load_tokenizer(value_parent.path))[0] != tokenizer_hashes(encoder.tokenizer)[0]:
             raise UserError(
                 "value_init: reward needs the policy's tokenizer, the reward model has another; say `value_init: policy`"
             )

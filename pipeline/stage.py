@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
@@ -12,7 +13,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +25,7 @@ logger = logging.getLogger("pipeline")
 ROOT = Path(__file__).resolve().parent.parent
 ERROR_FILE = "RLHF_ERROR_FILE"  # where `rlhf run` reads a stage's own words: accelerate's launcher hides exit codes
 TERMINAL = "RLHF_TERMINAL"  # set by `rlhf run` where a person reads its terminal
+LOCK = ".lock"
 Arguments = TypeVar("Arguments", bound=arguments.StageArguments)
 
 
@@ -148,15 +150,16 @@ def launch(
     if "--config" not in argv and "--help" not in argv and "-h" not in argv:
         argv = ["--config", str(ROOT / "recipes" / "demo" / f"{name}.yaml"), *argv]
     rank = int(os.environ.get("RANK", "0"))
-    try:
-        args = arguments.load(cls, argv)
-        body(_open(name, args, rank))
-    except UserError as error:
-        _report_error(str(error), rank)
-        raise SystemExit(2) from None
+    with contextlib.ExitStack() as held:
+        try:
+            args = arguments.load(cls, argv)
+            body(_open(name, args, rank, held))
+        except UserError as error:
+            _report_error(str(error), rank)
+            raise SystemExit(2) from None
 
 
-def _open(name: str, args: Arguments, rank: int) -> Run[Arguments]:
+def _open(name: str, args: Arguments, rank: int, held: contextlib.ExitStack) -> Run[Arguments]:
     import torch
     from accelerate import PartialState
 
@@ -168,6 +171,8 @@ def _open(name: str, args: Arguments, rank: int) -> Run[Arguments]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir {str(folder)!r} cannot be made: {error.strerror}") from error
+    if rank == 0:
+        held.enter_context(_lock(folder))
     if args.threads:
         torch.set_num_threads(args.threads)
     _set_up_logging(args, folder, rank)
@@ -188,6 +193,21 @@ def _open(name: str, args: Arguments, rank: int) -> Run[Arguments]:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a third of a step
     output = StageOutput(folder, name, arguments.as_dict(args))
     return Run(name, args, output, Interruption(), rank=state.process_index, processes=state.num_processes)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the output folder for this process: two runs at once would mix their checkpoints."""
+    import fcntl
+
+    with (folder / LOCK).open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output_dir {str(folder)!r} is in use by another run; wait for it, or end it") from None
+        except OSError as error:  # some network file systems know no locks
+            logger.warning("%s cannot be locked (%s); do not start two runs in it", folder, error.strerror)
+        yield
 
 
 def quiet_libraries() -> None:

@@ -215,9 +215,12 @@ class StageTrainer:
 
 
 def prepare_trainer(trainer: Any, run: Run[Any]) -> None:
-    """Give a trainer our callback instead of its printers."""
+    """Give a trainer our callback instead of its printers, and fp32 weights to train (A35)."""
     from transformers.trainer_callback import PrinterCallback
 
+    for parameter in trainer.model.parameters():  # TRL makes a quantised base's adapters (and head) bf16
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     callback = StageCallback(run)
     trainer.stage_callback = callback
     trainer.add_callback(callback)

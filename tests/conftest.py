@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ os.environ.update(
 
 from pipeline.data.tokenizer import train_tokenizer
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
@@ -119,7 +121,13 @@ def kill_when(command: list[str], ready: Callable[[], bool], number: int = signa
         assert time.monotonic() < deadline, f"{command}: not ready after 300 s"
         time.sleep(0.02)
     time.sleep(delay)
+    # torchrun starts its workers in sessions of their own: SIGKILL must reach them one by one.
+    workers = psutil.Process(process.pid).children(recursive=True) if number == signal.SIGKILL else []
     os.killpg(process.pid, number)
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+    psutil.wait_procs(workers, timeout=30)
     return process.wait(timeout=120)
 
 

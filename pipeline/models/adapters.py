@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.loading import fit_embeddings, linear_module_names
+from pipeline.models.loading import fit_embeddings, linear_module_names, set_pad
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -34,9 +34,7 @@ def save_merged(
         base: the same base, freshly loaded in fp32: quantised weights would merge with their rounding.
     """
     fit_embeddings(base, len(tokenizer))  # the run may have added a pad token
-    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if base.generation_config is not None:
-        base.generation_config.pad_token_id = tokenizer.pad_token_id
+    set_pad(base, tokenizer.pad_token_id)
     trained.save_pretrained(str(folder / "adapter"))
     if merge:
         with torch.no_grad():

@@ -39,6 +39,10 @@ def _load(auto: Any, path: str, quantization: str | None, **options: Any) -> Pre
         model = auto.from_pretrained(path, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"no model can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
+    for module in model.modules():
+        # bitsandbytes' packed CPU layout rounds the scales to bf16 and breaks on widths that are no multiple of 64.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -107,19 +111,24 @@ def fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
         model.resize_token_embeddings(tokens)
 
 
+def set_pad(model: PreTrainedModel, pad_id: int | None) -> None:
+    """Pad in both of a model's configurations; classifiers have no generation config."""
+    model.config.get_text_config().pad_token_id = pad_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = pad_id
+
+
 def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str | None:
     """Give an external model a pad token apart from EOS; returns what was done, or None if it had one."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        set_pad(model, tokenizer.pad_token_id)
         return None
     vocabulary = tokenizer.get_vocab()
     taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
     existing = next((name for name in PAD_NAMES if name in vocabulary and name not in taken), None)
     tokenizer.add_special_tokens({"pad_token": existing or "<|pad|>"})
     fit_embeddings(model, len(tokenizer))
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    set_pad(model, tokenizer.pad_token_id)
     kind = "an existing, unused token" if existing else "a new token"
     return f"pad was missing or equal to EOS; {tokenizer.pad_token!r} ({kind}, id {tokenizer.pad_token_id}) is pad now"
 

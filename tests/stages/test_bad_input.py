@@ -1,0 +1,252 @@
+"""Bad input of every kind: exit code 2, one line on stderr that says where and what to do, nothing overwritten."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import CARDS, ROOT, environment, lineage, tiny_flags
+from pipeline import ppo, pretrain, reward, sft
+from pipeline.arguments import STAGES
+from pipeline.models.loading import load_tokenizer
+from pipeline.stage import launch
+
+import pytest
+
+MAINS: dict[str, Any] = {"pretrain": pretrain.main, "sft": sft.main, "reward": reward.main, "ppo": ppo.main}
+GOOD = {
+    "pretrain": {"text": "A letter from Lucy."},
+    "sft": {"prompt": "Hi", "response": "Hello."},
+    "reward": {"prompt": "Hi", "chosen": "Hello.", "rejected": "No."},
+    "ppo": {"prompt": "Hi"},
+}
+SECTION = {"pretrain": "path: data_cards/demo_corpus\n    max_rows: 300", "sft": "path: data_cards/demo_demonstrations\n    max_rows: 500",
+           "reward": "path: data_cards/demo_comparisons\n    max_rows: 400", "ppo": "path: data_cards/demo_prompts\n"}  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], stage: str, flags: list[str]) -> str:
+    """The one line of a run that is refused."""
+    with pytest.raises(SystemExit) as caught:
+        launch(stage, STAGES[stage], MAINS[stage], flags)
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def flags(stage: str, chain: Path, recipes: Path, tmp_path: Path, **changes: Any) -> list[str]:
+    values: dict[str, Any] = {"config": recipes / f"{stage}.yaml", "report_to": None, "output_dir": tmp_path / "out"}
+    if stage != "pretrain":
+        values["parent"] = chain / ("pretrain" if stage == "sft" else "sft")
+    if stage == "ppo":
+        values["reward"] = chain / "reward"
+    return tiny_flags(stage, tmp_path, **{**values, **changes})
+
+
+def with_data(stage: str, recipes: Path, tmp_path: Path, lines: list[str]) -> Path:
+    data, recipe = tmp_path / "data.jsonl", tmp_path / f"{stage}.yaml"
+    data.write_text("\n".join(lines) + "\n")
+    text = (recipes / f"{stage}.yaml").read_text()
+    assert SECTION[stage] in text
+    recipe.write_text(text.replace(SECTION[stage], f"path: {data}\n", 1))
+    return recipe
+
+
+@pytest.mark.parametrize("stage", MAINS)
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ("{broken", "not valid JSON"),
+        ('{"nothing": 1}', "columns are: nothing"),
+        ("wrong type", "must be text"),
+        ("empty", "is empty"),
+    ],
+)
+def test_bad_rows(
+    stage: str, bad: str, words: str, chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = list(GOOD[stage])[-1]
+    if bad in ("wrong type", "empty"):
+        bad = json.dumps({**GOOD[stage], last: 3.5 if bad == "wrong type" else " "})
+    recipe = with_data(stage, recipes, tmp_path, [json.dumps(GOOD[stage]), bad])
+    line = refused(capsys, stage, flags(stage, chain, recipes, tmp_path, config=recipe))
+    assert f"{tmp_path / 'data.jsonl'}:2: " in line
+    assert words in line
+    assert not (tmp_path / "out" / "lineage.json").exists()
+
+
+def test_unknown_key(chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "ppo.yaml"
+    recipe.write_text((recipes / "ppo.yaml").read_text() + "kl_coeff: 0.1\n")
+    line = refused(capsys, "ppo", flags("ppo", chain, recipes, tmp_path, config=recipe))
+    number = len(recipe.read_text().splitlines())
+    assert line == f"error: {recipe}:{number}: unknown key 'kl_coeff'; did you mean 'kl_coef'?"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_missing_parent(
+    stage: str, chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, stage, flags(stage, chain, recipes, tmp_path, parent=tmp_path / "none"))
+    assert "does not exist; run the stage that writes it first" in line
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "wrong"), [("ppo", "parent", "pretrain"), ("ppo", "reward", "sft"), ("sft", "parent", "reward")]
+)
+def test_parent_of_the_wrong_stage(
+    stage: str, key: str, wrong: str, chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, stage, flags(stage, chain, recipes, tmp_path, **{key: chain / wrong}))
+    assert f"comes from stage {wrong!r}, expected" in line
+
+
+def test_an_unfinished_parent(chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    (tmp_path / "sft" / "checkpoint-10").mkdir()
+    line = refused(capsys, "ppo", flags("ppo", chain, recipes, tmp_path, parent=tmp_path / "sft"))
+    assert "that stage did not finish; run it again, it will resume" in line
+
+
+def external(source: Path, target: Path, tokenizer: Any) -> Path:
+    """A copy of a stage's model as if it came from elsewhere, with another tokenizer."""
+    shutil.copytree(source, target)
+    (target / "lineage.json").unlink()
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def test_a_reward_model_with_another_tokenizer(
+    chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a reward it scores text; as the value network's start it is refused."""
+    other = copy.deepcopy(load_tokenizer(str(chain / "reward")))
+    other.add_tokens(["zzz"])
+    folder = external(chain / "reward", tmp_path / "reward", other)
+    line = refused(capsys, "ppo", flags("ppo", chain, recipes, tmp_path, reward=folder))
+    assert "value_init: reward needs the policy's tokenizer" in line
+    assert "say `value_init: policy`" in line
+
+
+def test_pad_equal_to_eos_past_the_first_stage(
+    chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = copy.deepcopy(load_tokenizer(str(chain / "sft")))
+    same.pad_token = same.eos_token
+    folder = external(chain / "sft", tmp_path / "sft", same)
+    line = refused(capsys, "ppo", flags("ppo", chain, recipes, tmp_path, parent=folder))
+    assert "no pad token apart from EOS; run SFT (or reward) from it" in line
+
+
+def test_a_prompt_longer_than_allowed_and_than_the_context(
+    chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"prompt": "Hi"}), json.dumps({"prompt": "a very long story " * 40})]
+    recipe = with_data("ppo", recipes, tmp_path, rows)
+    line = refused(capsys, "ppo", flags("ppo", chain, recipes, tmp_path, config=recipe))
+    assert f"{tmp_path / 'data.jsonl'}:2: prompt of " in line
+    assert "exceeds max_prompt_tokens (64)" in line
+    line = refused(capsys, "ppo", flags("ppo", chain, recipes, tmp_path, max_prompt_tokens=250))
+    assert "exceed the model's context of 256" in line
+    line = refused(capsys, "sft", flags("sft", chain, recipes, tmp_path, max_tokens=300))
+    assert "max_tokens: 300 tokens exceed the model's context of 256" in line
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_another_recipes_folder_is_not_overwritten(
+    stage: str, chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = lineage(chain / stage), (chain / stage / "model.safetensors").stat().st_mtime_ns
+    line = refused(capsys, stage, flags(stage, chain, recipes, tmp_path, output_dir=chain / stage, seed=99))
+    assert "holds a finished run with other seed; nothing was overwritten" in line
+    assert (lineage(chain / stage), (chain / stage / "model.safetensors").stat().st_mtime_ns) == before
+
+
+def test_a_folder_in_use(chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        line = refused(capsys, "sft", flags("sft", chain, recipes, tmp_path))
+    assert "is in use by another run; wait for it, or end it" in line
+
+
+def test_too_little_data(chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = with_data("reward", recipes, tmp_path, [json.dumps(GOOD["reward"])])
+    recipe.write_text(recipe.read_text().replace("held_out_labelers: [erik]\n", ""))
+    line = refused(capsys, "reward", flags("reward", chain, recipes, tmp_path, config=recipe))
+    assert "rankings to train on and" in line
+    labelers = refused(capsys, "reward", flags("reward", chain, recipes, tmp_path, held_out_labelers="nobody"))
+    assert "no ranking by 'nobody'; labelers: ana, ben, chloe, dev, erik" in labelers
+
+
+def test_reward_functions_that_misbehave(
+    chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad_rewards.py").write_text(
+        "def short(prompts, responses, rows):\n    return [1.0]\n"
+        "def nan(prompts, responses, rows):\n    return [float('nan')] * len(responses)\n"
+        "def text(prompts, responses, rows):\n    return ['1'] * len(responses)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, words in (
+        ("short", "returned 1 scores for 8 responses"),
+        ("nan", "scores must be finite"),
+        ("text", "a number is needed"),
+        ("none", "has no function 'none'"),
+    ):
+        changed = flags(
+            "ppo",
+            chain,
+            recipes,
+            tmp_path,
+            reward=f"bad_rewards:{name}",
+            value_init="policy",
+            output_dir=tmp_path / name,
+        )
+        assert words in refused(capsys, "ppo", changed)
+    assert "cannot be imported" in refused(
+        capsys, "ppo", flags("ppo", chain, recipes, tmp_path, reward="no_such:f", value_init="policy")
+    )
+
+
+def test_the_true_exit_code_and_no_traceback(tmp_path: Path) -> None:
+    """As users see it: `python pipeline/sft.py` exits 2, `rlhf run` too, with one line."""
+    command = [
+        sys.executable,
+        "pipeline/sft.py",
+        "--config",
+        "recipes/demo/sft.yaml",
+        "--output_dir",
+        str(tmp_path),
+        "--parent",
+        "runs/none/pretrain",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip()
+        == "error: parent 'runs/none/pretrain' does not exist; run the stage that writes it first, or correct `parent:`"
+    )
+    recipe = tmp_path / "recipe"
+    recipe.mkdir()
+    (recipe / "sft.yaml").write_text(
+        f"parent: {tmp_path}/none\noutput_dir: {tmp_path}/out\ndatasets:\n  - path: {CARDS}/demo_demonstrations\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "run", str(recipe)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert f"error: sft: parent '{tmp_path}/none' does not exist" in run.stderr
