@@ -45,6 +45,8 @@ class DatasetEntry:
     max_rows: int | None = key(None, "use only the first rows, for short runs")
     document_separator: str | None = key(None, "text that separates the documents of a .txt file")
 
+    response_suffix: str | None = key(None, "literal end mark that the file's responses carry, taken off and counted")
+
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"weight": (1e-9, 1e9), "max_rows": (1, 1e12)}
 
 

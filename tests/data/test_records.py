@@ -151,6 +151,14 @@ def test_sources_of_every_file_type(tmp_path: Path) -> None:
     assert renamed.records[0]["messages"][0]["content"] == "r0"
     with pytest.raises(UserError, match=r"no column `question` \(columns: prompt ← question\)"):
         read_source(DatasetEntry(path="a.jsonl", columns={"prompt": "question"}), "demonstration", tmp_path)
+    (tmp_path / "e.jsonl").write_text(
+        '{"prompt": "p", "completion": "yes <|end|>"}\n{"prompt": "p", "completion": "no"}\n'
+    )
+    entry = DatasetEntry(path="e.jsonl", response_suffix="<|end|>")
+    stripped = read_source(entry, "demonstration", tmp_path).records
+    assert [r["messages"][-1]["content"] for r in stripped] == ["yes", "no"]
+    with pytest.raises(UserError, match="no response ends in 'END'"):
+        read_source(DatasetEntry(path="e.jsonl", response_suffix="END"), "demonstration", tmp_path)
     (tmp_path / "d.txt").write_text("one\n--\ntwo\n--\n")
     assert [
         r["text"]
