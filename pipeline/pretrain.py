@@ -46,7 +46,7 @@ def main(run: Run[PretrainArguments]) -> None:
     if run.already_done():
         return
 
-    texts = [_split(source, args.held_out_fraction) for source in sources]
+    texts = [split_texts(source, args.held_out_fraction) for source in sources]
     tokenizer = _tokenizer(args, parent, [text for train_texts, _ in texts for text in train_texts])
     if parent:
         model = load_causal_lm(parent.path)
@@ -122,7 +122,7 @@ class PretrainTrainer(StageTrainer, Trainer):
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
 
-def _split(source: Source, fraction: float) -> tuple[list[str], list[str]]:
+def split_texts(source: Source, fraction: float) -> tuple[list[str], list[str]]:
     """(train, held-out) texts: by hash of the document; of a single document, its last part, cut at a line's end."""
     if not source.single_document:
         kept, held_out = split_records(source.records, fraction)

@@ -1,0 +1,41 @@
+"""Every dataset card loads with the Hub's own tools and says what the folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.data.cards import read_card, split_files
+from pipeline.errors import UserError
+
+import datasets
+import pytest
+from huggingface_hub import DatasetCard
+
+CARDS = sorted(path.parent for path in (Path(__file__).resolve().parent.parent / "data_cards").glob("*/README.md"))
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda p: p.name)
+def test_a_card_loads(folder: Path, tmp_path: Path) -> None:
+    card = DatasetCard.load(folder / "README.md")
+    head = read_card(folder)
+    assert head["license"]
+    assert head["language"]
+    splits = {entry["split"] for config in head["configs"] for entry in config["data_files"]}
+    assert splits
+    for split in splits:
+        table = datasets.load_dataset(str(folder), split=split, cache_dir=str(tmp_path))
+        lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in split_files(folder, split))
+        assert table.num_rows == lines > 0
+    assert "synthetic" in card.text.lower()
+
+
+def test_a_folder_without_a_card_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs a README"):
+        split_files(tmp_path, "train")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n---\n"
+    )
+    with pytest.raises(UserError, match="has no split 'test'; it has: train"):
+        split_files(tmp_path, "test")
+    with pytest.raises(UserError, match="match no file"):
+        split_files(tmp_path, "train")
