@@ -57,6 +57,7 @@ def test_sigkill_and_resume(chain: Path, recipes: Path, tmp_path: Path, stage: s
     assert resumed[0] > 0
 
 
+@pytest.mark.full
 def test_two_processes_resume(chain: Path, recipes: Path, tmp_path: Path) -> None:
     """PPO in two processes: killed and resumed equals not killed."""
     runs = [tmp_path / "whole", tmp_path / "killed"]
@@ -71,7 +72,9 @@ def test_two_processes_resume(chain: Path, recipes: Path, tmp_path: Path) -> Non
     assert lineage(runs[1] / "ppo")["resumed_from"]
 
 
-@pytest.mark.parametrize(("stage", "number"), [("sft", signal.SIGTERM), ("ppo", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("stage", "number"), [("sft", signal.SIGTERM), pytest.param("ppo", signal.SIGINT, marks=pytest.mark.full)]
+)
 def test_a_signal_ends_politely(chain: Path, recipes: Path, tmp_path: Path, stage: str, number: int) -> None:
     """`python pipeline/<stage>.py` gives the true exit code; the run goes on from where it stopped."""
     import sys
@@ -86,6 +89,7 @@ def test_a_signal_ends_politely(chain: Path, recipes: Path, tmp_path: Path, stag
     assert_same(chain / stage, tmp_path / stage, history=stage == "ppo")
 
 
+@pytest.mark.full
 def test_a_broken_checkpoint_is_not_resumed_from(chain: Path, recipes: Path, tmp_path: Path) -> None:
     """A checkpoint that lost a byte: the run starts over rather than go on from it."""
     flags = tiny_flags("sft", tmp_path, config=recipes / "sft.yaml", report_to=None, **parents("sft", chain))

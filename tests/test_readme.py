@@ -1,0 +1,88 @@
+"""Every command of the README runs as it stands there, on the demo's recipes at tiny size (make targets excepted)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import ROOT, STAGES, TINY, environment
+from pipeline.arguments import STAGES as ARGUMENTS
+from pipeline.arguments import read_recipe
+
+import pytest
+import yaml
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("   #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(("make ", "git ", "cd ", "#"))]
+
+
+def test_the_first_commands_are_the_two_that_need_nothing() -> None:
+    assert [line.split("#")[0].strip() for line in blocks("bash")[0].splitlines()] == ["make demo", "make test"]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "test", "test-full", "check", "install"} <= set(targets)
+
+
+def test_links_lead_somewhere() -> None:
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "recipes").glob("*/README.md"),
+    ]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_yaml_of_the_readme_is_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "sft.yaml"
+    path.write_text(blocks("yaml")[0])
+    values, _ = read_recipe(path, ARGUMENTS["sft"])
+    assert values["lora"].r == 16
+    reward = tmp_path / "ppo.yaml"
+    reward.write_text(blocks("yaml")[1])
+    assert [source.weight for source in read_recipe(reward, ARGUMENTS["ppo"])[0]["reward"]] == [1.0, 0.2]
+
+
+@pytest.mark.full
+def test_every_command_runs(tmp_path: Path) -> None:
+    copy = tmp_path / "clone"
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "wandb", "__pycache__", "*_cache")
+    )
+    for stage in STAGES:
+        recipe = copy / "recipes" / "demo" / f"{stage}.yaml"
+        values: dict[str, Any] = {**yaml.safe_load(recipe.read_text()), **TINY[stage]}
+        for dataset in values["datasets"]:
+            dataset["max_rows"] = 400
+        recipe.write_text("# Tiny.\n" + yaml.safe_dump(values))
+    env = {
+        **environment(),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(copy),
+    }
+    env.pop("ACCELERATE_USE_CPU")
+    found = commands()
+    assert len(found) >= 6
+    for command in found:
+        done = subprocess.run(["bash", "-c", command], cwd=copy, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert (copy / "runs" / "mine" / "report" / "index.html").is_file()
+    assert (copy / "runs" / "mine" / "ppo-two" / "lineage.json").is_file()
+    (snippet,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=copy, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert re.fullmatch(r"\[-?\d+\.\d+\]\n", done.stdout), done.stderr
