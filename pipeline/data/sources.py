@@ -85,7 +85,7 @@ def read_source(entry: Entry, kind: str, data_root: Path) -> Source:
     files = split_files(path, entry.split, entry.subset) if path.is_dir() else [path]
     name = entry.name or path.name.split(".")[0]
     records = [record for file in files for record in _read_file(file, entry, kind)]
-    _strip_responses(records, entry, str(path))
+    records = _strip_responses(records, entry, str(path))
     if entry.max_rows is not None:
         records = records[: entry.max_rows]
     digest = hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
@@ -136,7 +136,7 @@ def _read_hub(entry: Entry, kind: str) -> Source:
     if entry.max_rows is not None:
         table = table.select(range(min(entry.max_rows, len(table))))
     records = _parse_rows(entry.hub, iter(table), _with_columns(PARSERS[kind], entry.columns), None)
-    _strip_responses(records, entry, entry.hub)
+    records = _strip_responses(records, entry, entry.hub)
     digest = hashlib.sha256()
     for row in table:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -159,21 +159,33 @@ def _parse_rows(source: str, rows: Iterator[dict[str, Any]], parse: Any, max_row
     return records
 
 
-def _strip_responses(records: list[Record], entry: Entry, where: str) -> None:
-    """Take `response_suffix` off the last answers: a published file's own end mark is text to us, and would be learnt."""
-    suffix, found = entry.response_suffix, 0
+def _strip_responses(records: list[Record], entry: Entry, where: str) -> list[Record]:
+    """Take `response_suffix` off the last answers: a published file's own end mark is text to us, and would be learnt.
+
+    An answer that is nothing else is left out, counted and named.
+    """
+    suffix = entry.response_suffix
     if not suffix:
-        return
+        return records
+    found, empty, kept = 0, [], []
     for record in records:
         if "messages" in record and record["messages"][-1]["content"].endswith(suffix):
             message = record["messages"][-1]
             message["content"] = message["content"].removesuffix(suffix).rstrip()
             found += 1
-            if not message["content"]:
-                raise UserError("the response is nothing but its response_suffix", file=where, line=record["line"])
+            if not message["content"].strip():
+                empty.append(record["line"])
+                continue
+        kept.append(record)
     if not found and any("messages" in record for record in records):
         raise UserError(f"response_suffix: no response ends in {suffix!r}; drop the key", file=where)
     logger.info("%s: response_suffix %r taken off %d of %d responses", where, suffix, found, len(records))
+    if empty:
+        lines = ", ".join(map(str, empty[:5])) + (", …" if len(empty) > 5 else "")
+        logger.warning(
+            "%s: %d responses are empty without their response_suffix and left out (lines %s)", where, len(empty), lines
+        )
+    return kept
 
 
 def _with_columns(parse: Any, columns: dict[str, str] | None) -> Any:

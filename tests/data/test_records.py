@@ -152,7 +152,7 @@ def test_sources_of_every_file_type(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no column `question` \(columns: prompt ← question\)"):
         read_source(DatasetEntry(path="a.jsonl", columns={"prompt": "question"}), "demonstration", tmp_path)
     (tmp_path / "e.jsonl").write_text(
-        '{"prompt": "p", "completion": "yes <|end|>"}\n{"prompt": "p", "completion": "no"}\n'
+        '{"prompt": "p", "completion": "yes <|end|>"}\n{"prompt": "p", "completion": "no"}\n{"prompt": "p", "completion": "<|end|>"}\n'
     )
     entry = DatasetEntry(path="e.jsonl", response_suffix="<|end|>")
     stripped = read_source(entry, "demonstration", tmp_path).records
