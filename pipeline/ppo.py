@@ -28,7 +28,7 @@ from pipeline.data.collators import right_pad
 from pipeline.data.encoding import ChatEncoder, forbidden_ids
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources
-from pipeline.data.splits import split_records
+from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError, shorten
 from pipeline.metrics import history
 from pipeline.models.loading import disable_dropout, load_causal_lm, load_tokenizer, require_pad, resolve_precision
@@ -170,11 +170,11 @@ def prompts(
     sources: list[Source], eval_sources: list[Source], encoder: ChatEncoder, args: PPOArguments
 ) -> tuple[list[Record], list[Record]]:
     """Training and held-out prompts with their `ids`; too long ones are refused, or counted and dropped."""
-    if eval_sources:
-        train, held_out = [r for s in sources for r in s.records], [r for s in eval_sources for r in s.records]
-    else:
-        train, held_out = split_records([r for s in sources for r in s.records], args.held_out_fraction)
-    location = sources[0].location
+    train = [{**r, "file": s.location} for s in sources for r in s.records]
+    held_out = [{**r, "file": s.location} for s in eval_sources for r in s.records]
+    if not eval_sources:
+        train, held_out = split_records(train, args.held_out_fraction)
+    held_out = spread(held_out)
     kept: list[list[Record]] = [[], []]
     for part, records in zip(kept, (train, held_out), strict=True):
         for record in records:
@@ -184,7 +184,7 @@ def prompts(
                     raise UserError(
                         f"prompt of {len(ids)} tokens exceeds max_prompt_tokens ({args.max_prompt_tokens}): "
                         f"{shorten(record['prompt'][-1]['content'])}; raise it, or say `long_prompts: drop`",
-                        file=location,
+                        file=record["file"],
                         line=record["line"],
                     )
                 continue

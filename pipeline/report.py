@@ -17,7 +17,7 @@ from pipeline.checkpoints import read_lineage, weights_sha256, write_json
 from pipeline.data.encoding import ChatEncoder, forbidden_ids
 from pipeline.data.records import Record, parse_prompt, read_jsonl
 from pipeline.data.sources import read_sources
-from pipeline.data.splits import split_records
+from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError
 from pipeline.metrics import WinRate, history
 from pipeline.models.loading import load_causal_lm, load_tokenizer
@@ -110,7 +110,7 @@ def held_out_prompts(
     records = [record for source in sources for record in source.records]
     if not recipe.get("eval_datasets"):
         records = split_records(records, recipe["held_out_fraction"])[1]
-    return records[:number]
+    return spread(records)[:number]
 
 
 @torch.no_grad()
