@@ -32,7 +32,7 @@ def pairs_of(ranks: list[int], ties: str) -> list[dict[str, Any]]:
 def sift(records: Iterable[Record], ties: str) -> tuple[list[Record], list[tuple[int, str]]]:
     """Part trainable rankings from the others.
 
-    Dropped whole: one response only, all tied (with ties dropped), every response the same, an empty response, an
+    Dropped whole: dialogues that differ before their last answer, one response only, all tied (with ties dropped), every response the same, an empty response, an
     exact duplicate, and a pair that its own labeler judged the other way round elsewhere.
 
     Returns:
@@ -60,6 +60,8 @@ def sift(records: Iterable[Record], ties: str) -> tuple[list[Record], list[tuple
 
 def _problem(record: Record, ties: str) -> str | None:
     responses, ranks = record["responses"], record["ranks"]
+    if "problem" in record:
+        return str(record["problem"])
     if len(responses) < 2:
         return "a ranking of one response"
     if any(not response.strip() for response in responses):

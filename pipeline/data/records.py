@@ -177,7 +177,10 @@ def parse_ranking(row: dict[str, Any]) -> Record:
     if "prompt" in row:
         prompt, pair = _prompt(row["prompt"]), [_response(row, chosen), _response(row, rejected)]
     else:
-        prompt, pair = _hh_pair({"chosen": row[chosen], "rejected": row[rejected]})
+        prompt, pair, comparable = _hh_pair({"chosen": row[chosen], "rejected": row[rejected]})
+        if not comparable:  # a defect of published data, for `problems:` to decide
+            problem = {"problem": "the dialogues differ before their last answer"}
+            return {"prompt": prompt, "responses": pair, "ranks": [1, 2], **problem, **_optional(row)}
     return {"prompt": prompt, "responses": pair, "ranks": [1, 2], **_optional(row)}
 
 
@@ -195,8 +198,8 @@ def _parse_ranks(row: dict[str, Any]) -> Record:
     return {"prompt": _prompt(row["prompt"]), "responses": responses, "ranks": ranks, **_optional(row)}
 
 
-def _hh_pair(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
-    """HH style: `chosen` and `rejected` hold whole dialogues that differ in the last answer only."""
+def _hh_pair(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str], bool]:
+    """HH style: `chosen` and `rejected` hold whole dialogues; the last says whether only their last answers differ."""
     dialogues = []
     for name in ("chosen", "rejected"):
         turns = _messages(row[name], name) if isinstance(row[name], list) else _hh_turns(_text(row, name), name)
@@ -204,11 +207,9 @@ def _hh_pair(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
             raise RecordError(f"`{name}` must end with an answer (`Assistant:` turn); or give `prompt` apart")
         dialogues.append(turns)
     chosen, rejected = dialogues
-    if chosen[:-1] != rejected[:-1]:
-        raise RecordError("`chosen` and `rejected` differ before their last answer; they need the same prompt")
     if len(chosen) == 1:
         raise RecordError("no column `prompt`, and `chosen` is no dialogue; add the prompt")
-    return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
+    return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]], chosen[:-1] == rejected[:-1]
 
 
 def _hh_turns(text: str, name: str) -> list[dict[str, str]]:
