@@ -45,7 +45,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pipeline.ppo")  # __name__ is __main__ under accelerate launch
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 EVALUATION = 2**31  # seeds of evaluation samples lie apart from those of training
 

@@ -34,7 +34,7 @@ from pipeline.training import (
 import datasets
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pipeline.pretrain")  # __name__ is __main__ under accelerate launch
 SINGLE_DOCUMENT_HELD_OUT = 0.05
 
 

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pipeline.reward")  # __name__ is __main__ under accelerate launch
 
 
 def main(run: Run[RewardArguments]) -> None:

@@ -37,7 +37,7 @@ import datasets
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pipeline.sft")  # __name__ is __main__ under accelerate launch
 Example = tuple[list[int], list[int]]
 
 
