@@ -367,16 +367,13 @@ class Loop:
             mask[i, :n] = True
             for name, tensor in tensors.items():
                 tensor[i, :n] = torch.tensor(answer[name])
-        stopped = torch.tensor([response[-1] in self.stop_ids for response in responses])
-        scores = missing_eos_scores(
-            torch.tensor([a["score"] for a in answers]), stopped, args.missing_eos, args.missing_eos_score
-        )
+        scores = self.scores(answers)
         rewards = shape_rewards(scores, tensors["logprobs"], tensors["ref_logprobs"], mask, args.kl_coef)
         advantages, returns = compute_gae(rewards, tensors["values"], mask, args.gamma, args.gae_lambda)
         return Rollout(
             [r["ids"] for r in records],
             responses,
-            stopped,
+            self.stopped(answers),
             scores,
             mask,
             **tensors,
@@ -384,6 +381,14 @@ class Loop:
             advantages=whiten(advantages, mask),
             returns=returns,
         )
+
+    def stopped(self, answers: list[dict[str, Any]]) -> Tensor:
+        return torch.tensor([answer["response"][-1] in self.stop_ids for answer in answers])
+
+    def scores(self, answers: list[dict[str, Any]]) -> Tensor:
+        """(answers,) scores after the rule for responses without a stop token: what is trained and what is reported."""
+        raw = torch.tensor([answer["score"] for answer in answers])
+        return missing_eos_scores(raw, self.stopped(answers), self.args.missing_eos, self.args.missing_eos_score)
 
     def rollout_figures(self, rollout: Rollout, answers: list[dict[str, Any]]) -> dict[str, float]:
         mask = rollout.response_mask
@@ -542,12 +547,12 @@ class Loop:
         policy = found["policy"]
         n = len(policy)
         metrics = {
-            "eval_score": sum(a["score"] for a in policy) / n,
-            "eval_reference_score": sum(a["score"] for a in found["reference"]) / n,
+            "eval_score": self.scores(policy).mean().item(),
+            "eval_reference_score": self.scores(found["reference"]).mean().item(),
             "eval_kl": sum(sum(a["logprobs"]) - sum(a["ref_logprobs"]) for a in policy) / n,
             "eval_response_tokens": sum(len(a["response"]) for a in policy) / n,
             "eval_reference_response_tokens": sum(len(a["response"]) for a in found["reference"]) / n,
-            "eval_stopped": sum(a["response"][-1] in self.stop_ids for a in policy) / n,
+            "eval_stopped": self.stopped(policy).float().mean().item(),
             "eval_prompts": n,
         }
         for part in policy[0]["parts"]:
