@@ -137,6 +137,11 @@ def test_packed_equals_separate(tiny_lm: Any, tokenizer: Any) -> None:
     assert packed["labels"][1, len(documents[0]) :].eq(IGNORE).all()
 
 
+def test_no_example_predicts_the_next_ones_first_token() -> None:
+    row = join_examples([([5, 6, 7], [5, 6, 7]), ([8, 9], [8, 9])])
+    assert row == {"input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 0, 1], "labels": [IGNORE, 6, 7, IGNORE, 9]}
+
+
 def test_ranking_batch_by_hand() -> None:
     rows = [
         {"ids": [[5], [6, 7]], "pairs": [{"better": 1, "worse": 0, "target": 1.0}], "margin": 0.5},
