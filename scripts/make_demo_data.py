@@ -48,6 +48,7 @@ SHARED_SETS = 0.25  # share of the answer sets that two or three labelers rank
 WEAK_ANSWERS = 0.20  # share of the ranked answers that read as if a weak language model wrote them
 P_NAMES, P_RESTATES, P_RIGHT, P_VAGUE, P_POLITE = 0.52, 0.52, 0.50, 0.20, 0.54
 P_REPEATS, P_RAMBLES = 0.12, 0.20
+DEMONSTRATION_FLOOR = 0.35  # rubric score; an answer that fails on nearly every count is not sent as an example
 PROMPT_WORDS = range(6, 21)
 ANSWER_WORDS = range(6, 26)
 RAMBLING_WORDS = range(22, 46)
@@ -725,14 +726,14 @@ def make_corpus() -> list[Row]:
 
 
 def make_demonstrations() -> list[Row]:
-    """Prompts with one answer each, of mixed quality."""
+    """Prompts with one answer each, of mixed quality above the floor."""
     rng, rows = _rng("demonstrations"), []
     seen: set[tuple[str, str]] = set()
     while len(rows) < DEMONSTRATIONS:
         item, problem = rng.choice(TRAINING)
         prompt = write_prompt(rng, item, PROBLEM[problem])
         response = _answer(rng, prompt, item, PROBLEM[problem])
-        if (prompt, response) not in seen:
+        if (prompt, response) not in seen and rubric.rubric(prompt, response) >= DEMONSTRATION_FLOOR:
             seen.add((prompt, response))
             rows.append({"prompt": prompt, "response": response, "id": f"demo-{len(rows):05d}"})
     return rows
