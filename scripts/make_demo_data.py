@@ -45,7 +45,7 @@ TRAIN_PROMPTS = 1500
 HELD_OUT_PROMPTS = 240
 
 SHARED_SETS = 0.25  # share of the answer sets that two or three labelers rank
-WEAK_ANSWERS = 0.20  # share of the ranked answers that read as if a weak language model wrote them
+WEAK_ANSWERS = 0.30  # share of the ranked answers that read as if a weak model wrote them, or mix up two letters
 P_NAMES, P_RESTATES, P_RIGHT, P_VAGUE, P_POLITE = 0.52, 0.52, 0.50, 0.20, 0.54
 P_REPEATS, P_RAMBLES = 0.12, 0.20
 DEMONSTRATION_FLOOR = 0.35  # rubric score; an answer that fails on nearly every count is not sent as an example
@@ -412,6 +412,14 @@ def wrong_item(rng: random.Random, prompt: str, item: str, problem: Problem) -> 
     return write_answer(rng, prompt, item, problem, choices).replace(item, other)
 
 
+def mixed_up(rng: random.Random, prompt: str, item: str, problem: Problem) -> str:
+    """A whole, fluent answer to another problem of the same item, as if two letters had been mixed up."""
+    del prompt
+    other = PROBLEM[rng.choice([p for i, p in TRAINING if i == item and p != problem.name])]
+    choices = draw_choices(rng)._replace(restates=True, remedy="right", rambles=False, repeats=False)
+    return write_answer(rng, write_prompt(rng, item, other), item, other, choices)
+
+
 def endless_sorry(rng: random.Random, prompt: str, item: str, problem: Problem) -> str:
     """One apology after the other, around an answer or around nothing."""
     sorry = [sentence_case(Reference(rng, None).fill(s)) for s in rng.sample(SORRY, rng.randint(2, 4))]
@@ -449,7 +457,7 @@ def stub(rng: random.Random, prompt: str, item: str, problem: Problem) -> str:
 
 WEAKNESSES: tuple[Weakness, ...] = (
     stutter, stutter, cut_off, cut_off, glued, glued, wrong_item, wrong_item, endless_sorry, all_remedies,
-    loop, stub,
+    loop, stub, mixed_up, mixed_up, mixed_up, mixed_up, mixed_up, mixed_up,
 )  # fmt: skip
 
 
