@@ -120,7 +120,7 @@ class StageArguments:
         for tracker in self.report_to:
             if tracker not in TRACKERS or (tracker == "none" and len(self.report_to) > 1):
                 raise ValueError(f"report_to: unknown tracker {tracker!r}; known: {', '.join(TRACKERS)}")
-        if self.save_steps % self.logging_steps:
+        if self.logging_steps and self.save_steps % self.logging_steps:
             raise ValueError(
                 f"save_steps ({self.save_steps}) must be a multiple of logging_steps ({self.logging_steps}), "
                 "so that a resumed run logs the same lines"
@@ -195,7 +195,6 @@ class AdapterArguments(TrainerArguments):
     max_tokens: int = key(1024, "longest prompt and response together; longer examples are counted and dropped")
     lora: LoraOptions | None = key(None, "train LoRA adapters instead of all weights")
     quantization: Literal["4bit", "8bit"] | None = key(None, "load the frozen base in 4 or 8 bit (needs lora)")
-    merge_adapter: bool = key(True, "write merged weights to the root of output_dir, the adapter beside them")
 
     ranges: ClassVar[dict[str, tuple[float, float]]] = TrainerArguments.ranges | {"max_tokens": (8, 1e7)}
 
@@ -232,8 +231,8 @@ class SFTArguments(AdapterArguments):
             raise ValueError("best_metric needs `eval_steps:`, the steps between two evaluations")
         if (self.best_metric == "score") != bool(self.score):
             raise ValueError("`best_metric: score` and `score:` (a reward model or function) go together")
-        if self.eval_steps and self.best_metric != "none" and self.save_steps % self.eval_steps:
-            raise ValueError("with best_metric, save_steps must be a multiple of eval_steps")
+        if self.best_metric != "none" and self.save_steps != self.eval_steps:
+            raise ValueError("with best_metric, save_steps must equal eval_steps: only a saved step can be kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +338,7 @@ class PPOArguments(StageArguments):
         for source in self.reward:
             if (source.model is None) == (source.function is None):
                 raise ValueError("each entry of reward names exactly one of `model:` and `function:`")
-        if self.prompts_per_rollout % self.minibatches:
+        if self.minibatches and self.prompts_per_rollout % self.minibatches:
             raise ValueError(
                 f"minibatches ({self.minibatches}) must divide prompts_per_rollout ({self.prompts_per_rollout})"
             )

@@ -76,6 +76,18 @@ class Parent:
     chat_template_sha256: str | None = None
     revision: str | None = None
 
+    def refuse_other_tokenizer(self, tokenizer: Any) -> None:
+        """The tokenizer and template that the stage finished with, or none of them."""
+        found = tokenizer_hashes(tokenizer)
+        for what, ours, theirs in zip(
+            ("tokenizer", "chat template"), found, (self.tokenizer_sha256, self.chat_template_sha256), strict=True
+        ):
+            if theirs is not None and ours != theirs:
+                raise UserError(
+                    f"parent {self.path!r}: its {what} changed after the stage finished (sha256 differs); "
+                    "restore it, or run that stage again"
+                )
+
     def record(self) -> dict[str, Any]:
         keys = ("path", "stage", "weights_sha256", "revision")
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
@@ -88,6 +100,8 @@ def verify_parent(path: str, stages: tuple[str, ...]) -> Parent:
         UserError: missing, unfinished, of a wrong stage, or changed since it finished.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"parent {path!r} is a file; name the model's folder")
     if not folder.exists():
         if "/" in path and not path.startswith((".", "/")) and path.count("/") == 1 and not path.startswith("runs/"):
             return _hub_parent(path)
@@ -115,11 +129,11 @@ def verify_parent(path: str, stages: tuple[str, ...]) -> Parent:
 
 def _hub_parent(name: str) -> Parent:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         local = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise UserError(
             f"parent {name!r} is no local folder and cannot be had from the Hub ({type(error).__name__}); "
             "check the name, the network and your log-in, or download it and give its folder"

@@ -41,7 +41,7 @@ from pipeline.training import RESUMES, clear_resumes
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -63,13 +63,21 @@ class State:
 def main(run: Run[PPOArguments]) -> None:
     args = run.args
     bf16 = resolve_precision(args.precision)
-    accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=not torch.cuda.is_available())
+    # Buffers never change; broadcasting them would come in another order on a rank with more micro-batches.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=args.trackers or None,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[ddp],
+    )
     refuse_backend(accelerator, args)
     parent = verify_parent(args.parent, ("sft", "ppo"))
     sources = read_sources(args.datasets, "prompt", args.data_root)
     eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root)
 
     tokenizer = load_tokenizer(parent.path)
+    parent.refuse_other_tokenizer(tokenizer)
     require_pad(tokenizer, args.parent)
     encoder = ChatEncoder(tokenizer)
     scorer = build_scorer(args.reward, encoder, accelerator.device)
@@ -246,8 +254,9 @@ class Loop:
         policy = load_causal_lm(str(checkpoint / "policy") if checkpoint else parent.path)
         reference = load_causal_lm(parent.path)
         limit = policy.config.get_text_config()
-        self.forbidden = forbidden_ids(encoder.tokenizer, policy.get_output_embeddings().weight.shape[0])
         self.stop_ids = [encoder.eos_id, *(_token_id(encoder, token) for token in args.stop_tokens)]
+        never = forbidden_ids(encoder.tokenizer, policy.get_output_embeddings().weight.shape[0])
+        self.forbidden = [token for token in never if token not in self.stop_ids]  # a special token may be a stop token
         context = getattr(limit, "max_position_embeddings", None)
         if context is not None and args.max_prompt_tokens + args.max_response_tokens > context:
             raise UserError(

@@ -28,8 +28,16 @@ from pipeline.models.adapters import lora_config, save_merged
 from pipeline.models.loading import assign_pad, disable_dropout, load_tokenizer, refuse_beyond_context
 from pipeline.models.scalar_head import OFFSET, init_head, load_scalar_model, score_ids
 from pipeline.scoring import call_function, import_function
-from pipeline.stage import Run, launch
-from pipeline.training import StageTrainer, clear_resumes, prepare_trainer, save_whole, train, training_arguments
+from pipeline.stage import Run, launch, refuse_sharded
+from pipeline.training import (
+    StageTrainer,
+    clear_resumes,
+    prepare_trainer,
+    save_whole,
+    share_batches,
+    train,
+    training_arguments,
+)
 
 import datasets
 import torch
@@ -42,6 +50,7 @@ logger = logging.getLogger("pipeline.reward")  # __name__ is __main__ under acce
 
 def main(run: Run[RewardArguments]) -> None:
     args = run.args
+    refuse_sharded("reward scores in whole models")
     parent = verify_parent(args.parent, ("pretrain", "sft", "reward", "ppo"))
     sources = read_sources(args.datasets, "ranking", args.data_root)
     demonstrations = read_sources(args.center_on, "demonstration", args.data_root)
@@ -59,6 +68,7 @@ def main(run: Run[RewardArguments]) -> None:
 
     set_seed(args.seed)
     tokenizer = load_tokenizer(parent.path)
+    parent.refuse_other_tokenizer(tokenizer)
     model = load_scalar_model(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
     if not tokenizer.chat_template:
@@ -104,7 +114,7 @@ def main(run: Run[RewardArguments]) -> None:
         save_whole(trainer, tokenizer)
     elif run.is_main:
         trained = trainer.accelerator.unwrap_model(trainer.model)
-        save_merged(trained, load_scalar_model(parent.path), tokenizer, Path(args.output_dir), args.merge_adapter)
+        save_merged(trained, load_scalar_model(parent.path), tokenizer, Path(args.output_dir))
     run.barrier()
     final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
     offset = _demonstration_mean(final, encoder, demonstrations, args, run)
@@ -173,21 +183,16 @@ class RankingTrainer(StageTrainer, RewardTrainer):
         rows: Any = self.eval_dataset
         batches = DataLoader(rows, batch_size=16, collate_fn=self.data_collator)
         with torch.no_grad():
-            for index, batch in enumerate(batches):
-                if index % state.num_processes == state.process_index:
-                    batch = {key: value.to(state.device) for key, value in batch.items()}
-                    loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
-                    difference = outputs.logits[batch["better"], 0] - outputs.logits[batch["worse"], 0]
-                    strict = batch["target"] != 0.5
-                    right = ((difference > 0).double() + 0.5 * (difference == 0).double())[strict].sum()
-                    sums += torch.tensor(
-                        [
-                            loss.item() * batch["prompts"].item(),
-                            batch["prompts"].item(),
-                            right.item(),
-                            strict.sum().item(),
-                        ]
-                    )
+            for batch, counts in share_batches(batches, state):
+                batch = {key: value.to(state.device) for key, value in batch.items()}
+                loss, outputs = self.compute_loss(self.model, batch, return_outputs=True)
+                if not counts:
+                    continue
+                difference = outputs.logits[batch["better"], 0] - outputs.logits[batch["worse"], 0]
+                strict = batch["target"] != 0.5
+                right = ((difference > 0).double() + 0.5 * (difference == 0).double())[strict].sum()
+                prompts = batch["prompts"].item()
+                sums += torch.tensor([loss.item() * prompts, prompts, right.item(), strict.sum().item()])
         sums = state.gather(sums.to(state.device)[None]).sum(0)
         return {"loss": float(sums[0] / sums[1]), "accuracy": float(sums[2] / sums[3].clamp(min=1))}
 
@@ -265,12 +270,18 @@ def _demonstration_mean(
     model: Any, encoder: ChatEncoder, demonstrations: list[Source], args: RewardArguments, run: Run[Any]
 ) -> float:
     """Mean raw score of demonstrations (A14): what the offset must take off."""
-    rows = []
+    rows, too_long = [], 0
     for source in demonstrations:
         for record in source.records:
             ids = encoder.prompt_ids(record["messages"][:-1]) + encoder.response_ids(record["messages"][-1]["content"])
             if len(ids) <= args.max_tokens:
                 rows.append(ids)
+            else:
+                too_long += 1
+    if too_long and run.is_main:
+        logger.warning(
+            "reward: center_on: %d demonstrations over max_tokens (%d) are left out", too_long, args.max_tokens
+        )
     if not rows:
         logger.warning("reward: no demonstrations to centre scores on (`center_on:`); the offset is 0")
         return 0.0

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from pipeline.checkpoints import Parent, tokenizer_hashes, verify_parent
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
-from pipeline.models.loading import load_tokenizer, require_pad
+from pipeline.models.loading import load_tokenizer, require_pad, set_pad
 from pipeline.models.scalar_head import load_scalar_model, refuse_other_heads, score_ids
 
 import torch
@@ -114,9 +114,11 @@ def _model_part(path: str, weight: float, encoder: ChatEncoder, device: torch.de
     parent = verify_parent(path, ("reward",))
     refuse_other_heads(parent.path)
     tokenizer = load_tokenizer(parent.path)
+    parent.refuse_other_tokenizer(tokenizer)
     require_pad(tokenizer, path)
     model: Any = load_scalar_model(parent.path)
     model.to(device).eval().requires_grad_(False)
+    set_pad(model, tokenizer.pad_token_id)  # an external model's own may differ
     same_tokenizer = tokenizer_hashes(tokenizer) == tokenizer_hashes(encoder.tokenizer)
     own = ChatEncoder(tokenizer)
     stops = {encoder.eos_id}

@@ -22,7 +22,7 @@ from pipeline.models.adapters import lora_config, save_merged
 from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, refuse_beyond_context
 from pipeline.rollout import greedy_responses
 from pipeline.scoring import Scorer, build_scorer
-from pipeline.stage import Run, launch
+from pipeline.stage import Run, launch, refuse_sharded
 from pipeline.training import (
     StageTrainer,
     clear_resumes,
@@ -43,6 +43,8 @@ Example = tuple[list[int], list[int]]
 
 def main(run: Run[SFTArguments]) -> None:
     args = run.args
+    if args.lora:
+        refuse_sharded("adapters are merged in whole models")
     parent = verify_parent(args.parent, ("pretrain", "sft", "ppo"))
     sources = read_sources(args.datasets, "demonstration", args.data_root)
     run.output.inputs = {"parent": parent.weights_sha256, "data": fingerprint(sources)}
@@ -51,6 +53,7 @@ def main(run: Run[SFTArguments]) -> None:
 
     set_seed(args.seed)
     tokenizer = load_tokenizer(parent.path)
+    parent.refuse_other_tokenizer(tokenizer)
     model = load_causal_lm(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
     if not tokenizer.chat_template:
@@ -112,7 +115,7 @@ def main(run: Run[SFTArguments]) -> None:
         save_whole(trainer, tokenizer)
     elif run.is_main:
         trained = trainer.accelerator.unwrap_model(trainer.model)
-        save_merged(trained, load_causal_lm(parent.path), tokenizer, Path(args.output_dir), args.merge_adapter)
+        save_merged(trained, load_causal_lm(parent.path), tokenizer, Path(args.output_dir))
     clear_resumes(run)
     run.finish(
         parents=[parent.record()],

@@ -167,6 +167,16 @@ def _open(name: str, args: Arguments, rank: int, held: contextlib.ExitStack) -> 
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
+    if (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not any((folder / name).exists() for name in (LOCK, "lineage.json"))
+    ):
+        raise UserError(
+            f"output_dir {str(folder)!r} holds files that no stage of ours wrote; name a new or empty folder"
+        )
+    if getattr(args, "parent", None) and folder.resolve() == Path(str(args.parent)).resolve():  # type: ignore[attr-defined]
+        raise UserError(f"output_dir {str(folder)!r} is the parent too; it would be overwritten, name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -255,6 +265,15 @@ def _set_up_trackers(args: arguments.StageArguments, folder: Path) -> None:
         ):
             logger.info("wandb: no log-in found, writing offline to %s/wandb", folder)
             os.environ["WANDB_MODE"] = "offline"
+
+
+def refuse_sharded(why: str) -> None:
+    """FSDP and DeepSpeed hold no whole model in any process."""
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise UserError(
+                f"{why}, which does not work under {name} yet; use one process or DDP (recipes/accelerate/ddp.yaml)"
+            )
 
 
 def _report_error(message: str, rank: int) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.arguments import TrainerArguments
 from pipeline.checkpoints import checkpoint_step, write_json
+from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
 from pipeline.metrics import history
 from pipeline.metrics.language import token_nll
@@ -270,11 +271,28 @@ def clear_resumes(run: Run[Any]) -> None:
         (run.output.folder / RESUMES).unlink(missing_ok=True)
 
 
+def share_batches(batches: Any, state: Any) -> Iterator[tuple[dict[str, Any], bool]]:
+    """This process's share of evaluation batches, and whether each counts.
+
+    Every process gets equally many, the last ones perhaps a batch that does not count: where weights are sharded, a
+    forward pass is an exchange that all take part in.
+    """
+    for index, batch in enumerate(batches):
+        if index % state.num_processes == state.process_index:
+            yield batch, True
+    missing = -len(batches) % state.num_processes
+    if state.process_index >= state.num_processes - missing:
+        yield next(iter(batches)), False
+
+
 def measure_tokens(trainer: Any, rows: Any, rows_per_batch: int) -> tuple[float, int, int]:
     """`token_nll` of packed rows over all processes: each takes every n-th batch, the sums are added."""
     state = trainer.accelerator
     batches = DataLoader(rows, batch_size=rows_per_batch, collate_fn=trainer.data_collator)
-    mine = (batch for index, batch in enumerate(batches) if index % state.num_processes == state.process_index)
+    mine = (
+        batch if counts else {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+        for batch, counts in share_batches(batches, state)
+    )
     nll, tokens, hits = token_nll(trainer.model, mine, state.device)
     total = torch.tensor([[nll, tokens, hits]], dtype=torch.float64)
     total = state.gather(total.to(state.device) if state.device.type != "mps" else total.float()).sum(0)

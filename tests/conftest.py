@@ -76,7 +76,9 @@ def environment() -> dict[str, str]:
 
 def launch_command(stage: str, flags: list[str], processes: int = 1) -> list[str]:
     """`accelerate launch pipeline/<stage>.py`; two CPU processes need --multi_gpu (anything else starts one)."""
-    kind = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    name = "ddp" if processes > 1 else "cpu"
+    kind = ["--config_file", str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")]
+    kind += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
     script = stage if stage.endswith(".py") else str(ROOT / "pipeline" / f"{stage}.py")
     return [
         sys.executable,

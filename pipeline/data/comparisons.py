@@ -46,9 +46,9 @@ def sift(records: Iterable[Record], ties: str) -> tuple[list[Record], list[tuple
     for record in records:
         reason = _problem(record, ties)
         key = json.dumps([record["prompt"], record["responses"], record["ranks"], record.get("labeler")])
-        if reason is None and key in seen:
+        if reason is None and key in seen and "labeler" in record:
             reason = f"duplicate of line {seen[key]}"
-        if reason is None:
+        if reason is None and "labeler" in record:  # two unnamed people may agree or differ
             reason = _contradiction(record, verdicts)
         if reason is None:
             seen[key] = record["line"]

@@ -24,10 +24,8 @@ def lora_config(model: PreTrainedModel, options: Any, task_type: str) -> LoraCon
     )
 
 
-def save_merged(
-    trained: PeftModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool
-) -> None:
-    """The adapter to `folder/adapter`; to `folder` the fp32 base with the adapter merged in, or the bare base; tokenizer too.
+def save_merged(trained: PeftModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The adapter to `folder/adapter`; to `folder` the fp32 base with the adapter merged in; tokenizer too.
 
     Args:
         trained: the trained adapter on its (possibly 4-/8-bit) base.
@@ -36,8 +34,7 @@ def save_merged(
     fit_embeddings(base, len(tokenizer))  # the run may have added a pad token
     set_pad(base, tokenizer.pad_token_id)
     trained.save_pretrained(str(folder / "adapter"))
-    if merge:
-        with torch.no_grad():
-            base = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-    base.save_pretrained(folder)
+    with torch.no_grad():
+        merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

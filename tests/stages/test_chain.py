@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 from conftest import CARDS, STAGES, launch, lineage, tiny_flags
+from pipeline.arguments import STAGES as ARGUMENTS
+from pipeline.stage import launch as launch_here
 
 import pytest
 import torch
@@ -147,10 +150,14 @@ def test_two_processes(pair: Path, chain: Path, stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_finished_stage_is_not_run_again(chain: Path, recipes: Path, stage: str) -> None:
+def test_a_finished_stage_is_not_run_again(
+    chain: Path, recipes: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"pipeline.{stage}")
     before = (chain / stage / "model.safetensors").stat().st_mtime_ns
-    done = launch(stage, tiny_flags(stage, chain, config=recipes / f"{stage}.yaml", report_to=None))
-    assert "already complete" in done.stdout
+    flags = tiny_flags(stage, chain, config=recipes / f"{stage}.yaml", report_to=None)
+    launch_here(stage, ARGUMENTS[stage], module.main, flags)
+    assert "already complete" in capsys.readouterr().out
     assert (chain / stage / "model.safetensors").stat().st_mtime_ns == before
 
 

@@ -55,6 +55,7 @@ def test_a_run_hands_each_stage_to_the_next(run: Path) -> None:
     assert lineage(run / "ppo")["parents"][1]["weights_sha256"] == lineage(run / "reward")["weights_sha256"]
 
 
+@pytest.mark.full
 def test_a_second_run_skips_what_is_done(run: Path, recipe: Path) -> None:
     done = rlhf("run", recipe, "--output-dir", run)
     assert done.stdout.count("already complete") == 4
@@ -80,6 +81,7 @@ def test_a_failing_stage_ends_the_run(recipe: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "reward").exists()
 
 
+@pytest.mark.full
 def test_an_interrupted_run_resumes(run: Path, recipe: Path, tmp_path: Path) -> None:
     """SIGTERM to `rlhf run` ends stage and command with 143; the same command goes on."""
     shutil.copytree(run / "pretrain", tmp_path / "pretrain")

@@ -82,13 +82,6 @@ def test_merged_weights_answer_like_the_adapter(stage: str, chain: Path, recipes
         torch.testing.assert_close(load(str(folder)).eval()(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_an_unmerged_run_leaves_its_base(chain: Path, recipes: Path, tmp_path: Path) -> None:
-    folder = run("sft", chain, recipes, tmp_path, LORA + "merge_adapter: false\n")
-    base, root = (load_causal_lm(str(path)).state_dict() for path in (chain / "pretrain", folder))
-    assert all(torch.equal(base[name], root[name]) for name in base)
-    assert (folder / "adapter" / "adapter_config.json").is_file()
-
-
 def test_eight_bit_states_are_in_eight_bit(
     chain: Path, recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
