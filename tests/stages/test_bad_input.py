@@ -169,6 +169,37 @@ def test_another_recipes_folder_is_not_overwritten(
     assert (lineage(chain / stage), (chain / stage / "model.safetensors").stat().st_mtime_ns) == before
 
 
+def test_a_folder_of_something_else(
+    chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    line = refused(capsys, "sft", flags("sft", chain, recipes, tmp_path))
+    assert "holds files that no stage of ours wrote; name a new or empty folder" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+    own = refused(capsys, "sft", flags("sft", chain, recipes, tmp_path, output_dir=chain / "pretrain"))
+    assert "is the parent too; it would be overwritten" in own
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_parent_whose_template_changed(
+    stage: str, chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(chain / ("pretrain" if stage == "sft" else "sft"), parent)
+    template = parent / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    line = refused(capsys, stage, flags(stage, chain, recipes, tmp_path, parent=parent))
+    assert "its chat template changed after the stage finished" in line
+
+
+def test_sharded_backends(
+    chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "does not work under FSDP yet" in refused(capsys, "reward", flags("reward", chain, recipes, tmp_path))
+
+
 def test_a_folder_in_use(chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("wb") as held:

@@ -18,7 +18,12 @@ SCRIPT = str(Path(__file__).with_name("record_gradients.py"))
 )
 def test_first_gradients_of_one_and_two_processes(chain: Path, recipes: Path, tmp_path: Path, stage: str) -> None:
     for processes in (1, 2):
-        changes = {} if stage == "ppo" else {"examples_per_device": 4 if stage != "reward" else 2}
+        # Two processes also cut their rows into unequally many micro-batches.
+        changes = (
+            {"micro_batch_tokens": 4096 if processes == 1 else 300}
+            if stage == "ppo"
+            else {"examples_per_device": 4 if stage != "reward" else 2}
+        )
         flags = tiny_flags(
             stage,
             tmp_path / str(processes),
