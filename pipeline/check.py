@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,11 @@ def check_recipe(recipe: str, data_root: str | None) -> int:
             if function:
                 import_function(function)
         parent = args.parent
-        if parent and parent not in outputs:  # else an earlier stage of this recipe writes it
+        if parent and os.path.normpath(parent) not in outputs:  # else an earlier stage of this recipe writes it
             folder = verify_parent(parent, PARENTS[name])
             tokenizer = load_tokenizer(folder.path)
         for source in getattr(args, "reward", []):
-            if source.model and source.model not in outputs:
+            if source.model and os.path.normpath(source.model) not in outputs:
                 verify_parent(source.model, ("reward",))
         if name == "pretrain" and not parent:
             texts = [record["text"] for source in sources for record in source.records]
@@ -76,7 +77,7 @@ def check_recipe(recipe: str, data_root: str | None) -> int:
                 f"{lengths[len(lengths) // 2]} / {lengths[-1]}",
                 parent or "—",
             )
-        outputs.add(args.output_dir)
+        outputs.add(os.path.normpath(args.output_dir))
     Console().print(table)
     return 0
 

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.arguments import STAGES, read_recipe, recipe_stages
 from pipeline.checkpoints import read_lineage
 from pipeline.errors import UserError
-from pipeline.stage import ERROR_FILE, TERMINAL
+from pipeline.stage import ERROR_FILE, TERMINAL, cpu_cores
 
 PIPELINE = Path(__file__).resolve().parent
 
@@ -30,11 +30,13 @@ def run_recipe(args: argparse.Namespace) -> int:
     recipes = {name: read_recipe(folder / f"{name}.yaml", STAGES[name])[0] for name in stages}
     first = stages.index(args.first) if args.first else 0
     last = stages.index(args.last) if args.last else len(stages) - 1
+    if first > last:
+        raise UserError(f"--from {args.first} comes after --to {args.last}; the order is {', '.join(stages)}")
     outputs = {
         name: str(Path(args.output_dir) / name) if args.output_dir else str(recipes[name].get("output_dir", ""))
         for name in stages
     }
-    moved = {str(recipes[name].get("output_dir")): outputs[name] for name in stages}
+    moved = {_folder(recipes[name].get("output_dir")): outputs[name] for name in stages}
     for position, name in enumerate(stages[first : last + 1]):
         flags = stage_flags(name, recipes[name], outputs[name], moved, args)
         if args.parent and position == 0:
@@ -54,18 +56,18 @@ def stage_flags(
 ) -> list[str]:
     """Flags that move a stage into the run's folder: its output, and parents that the same recipe writes."""
     flags = ["--output_dir", output]
-    parent = recipe.get("parent")
+    parent = _folder(recipe.get("parent"))
     if parent in moved and moved[parent] != parent:
         flags += ["--parent", moved[parent]]
     rewards = recipe.get("reward")
-    if name == "ppo" and rewards and any(source.model in moved for source in rewards):
+    if name == "ppo" and rewards and any(_folder(source.model) in moved for source in rewards):
         if len(rewards) > 1 or rewards[0].weight != 1.0:
             if args.output_dir:
                 raise UserError(
                     "--output-dir cannot move a weighted list of rewards; write the folders into the recipe"
                 )
         else:
-            flags += ["--reward", moved[rewards[0].model]]
+            flags += ["--reward", moved[_folder(rewards[0].model)]]
     if args.data_root:
         flags += ["--data_root", args.data_root]
     if args.seed is not None:
@@ -73,6 +75,11 @@ def stage_flags(
     if args.quiet:
         flags += ["--quiet", "true"]
     return flags
+
+
+def _folder(path: str | None) -> str:
+    """One spelling of a path: `./runs/x/sft/` is `runs/x/sft`."""
+    return os.path.normpath(path) if path else ""
 
 
 def launch_stage(name: str, flags: list[str], args: argparse.Namespace) -> int:
@@ -103,7 +110,7 @@ def launch_stage(name: str, flags: list[str], args: argparse.Namespace) -> int:
     if sys.stderr.isatty():
         environment[TERMINAL] = "1"  # the stage itself writes into a pipe
     # accelerate would set one thread a process.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores() // processes)))
     with tempfile.TemporaryDirectory() as scratch:
         error_file = Path(scratch) / "error.json"
         environment[ERROR_FILE] = str(error_file)

@@ -186,7 +186,7 @@ def _open(name: str, args: Arguments, rank: int, held: contextlib.ExitStack) -> 
     if args.threads:
         torch.set_num_threads(args.threads)
     _set_up_logging(args, folder, rank)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_cores()
     used = torch.get_num_threads() * state.num_processes
     logger.info(
         "%s: %d process(es) on %s, %d CPU threads each",
@@ -282,6 +282,11 @@ def _report_error(message: str, rank: int) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
     if path := os.environ.get(ERROR_FILE):
         write_json(Path(path), {"message": message})
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_terminal() -> bool:

@@ -28,6 +28,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
     folder = tmp_path_factory.mktemp("tiny-recipe")
     for stage in STAGES:
         values = {**yaml.safe_load((recipes / f"{stage}.yaml").read_text()), **TINY[stage]}
+        if stage == "reward":
+            values["parent"] = "./runs/demo/sft/"  # another spelling of what sft.yaml writes
         (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
     return folder
 
@@ -71,6 +73,7 @@ def test_part_of_a_run(run: Path, recipe: Path, tmp_path: Path) -> None:
     assert (
         "has no stage 'dpo'; it has: pretrain, sft, reward, ppo" in rlhf("run", recipe, "--from", "dpo", code=2).stderr
     )
+    assert "comes after --to sft" in rlhf("run", recipe, "--from", "ppo", "--to", "sft", code=2).stderr
     assert "no recipe folder" in rlhf("run", tmp_path / "none", code=2).stderr
 
 
