@@ -79,6 +79,16 @@ class RewardSource:
     function: str | None = key(None, "module:function, (prompts, responses, rows) -> list of floats")
     weight: float = key(1.0, "factor of this part in the sum")
 
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.function is None):
+            raise ValueError("a reward names exactly one of `model:` and `function:`")
+
+    def __str__(self) -> str:
+        """The flag that gives this source."""
+        return (
+            f"{self.weight:g}*{self.model or self.function}" if self.weight != 1.0 else str(self.model or self.function)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageArguments:
@@ -143,6 +153,7 @@ class TrainerArguments(StageArguments):
     max_steps: int | None = key(None, "optimizer steps, instead of epochs")
     examples_per_step: int = key(32, "examples in one optimizer step, over all processes")
     examples_per_device: int = key(8, "examples in one forward pass of one process")
+    eval_examples_per_device: int = key(16, "the same in evaluations")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
     eval_steps: int | None = key(None, "steps between two evaluations; default: only at the end")
     trainer_options: dict[str, Any] | None = key(None, "further TrainingArguments by their own names")
@@ -158,6 +169,7 @@ class TrainerArguments(StageArguments):
         "max_steps": (1, 1e9),
         "examples_per_step": (1, 1e7),
         "examples_per_device": (1, 1e6),
+        "eval_examples_per_device": (1, 1e6),
         "eval_steps": (1, 1e9),
     }
 
@@ -335,9 +347,6 @@ class PPOArguments(StageArguments):
             raise ValueError("parent is missing; name the SFT model's folder or Hub id")
         if not self.reward:
             raise ValueError("reward is missing; give a reward model's folder or a `function: module:name`")
-        for source in self.reward:
-            if (source.model is None) == (source.function is None):
-                raise ValueError("each entry of reward names exactly one of `model:` and `function:`")
         if self.minibatches and self.prompts_per_rollout % self.minibatches:
             raise ValueError(
                 f"minibatches ({self.minibatches}) must divide prompts_per_rollout ({self.prompts_per_rollout})"
@@ -506,7 +515,10 @@ class _RecipeReader:
             value = values.get(field_name)
             if value is not None and not low <= value <= high:
                 self.fail(node, f"{field_name}: {value} is out of range; it must lie between {low:g} and {high:g}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            self.fail(node, str(error))
 
     def scalar(self, node: yaml.Node, hint: type, name: str) -> Any:
         value = _construct(node) if isinstance(node, yaml.ScalarNode) else node
@@ -535,8 +547,16 @@ def _construct(node: yaml.Node) -> Any:
 
 
 def _reward_source(text: str) -> RewardSource:
-    """`module:function` names a function, anything else a model; a path may hold no colon."""
-    return RewardSource(function=text) if ":" in text and "/" not in text else RewardSource(model=text)
+    """`module:function` names a function, anything else a model (a path may hold no colon); `0.2*` before it is its weight."""
+    factor, star, name = text.partition("*")
+    try:
+        weight = float(factor) if star else 1.0
+    except ValueError:
+        weight, name, star = 1.0, text, ""
+    name = name if star else text
+    if ":" in name and "/" not in name:
+        return RewardSource(function=name, weight=weight)
+    return RewardSource(model=name, weight=weight)
 
 
 def as_dict(arguments: StageArguments) -> dict[str, Any]:

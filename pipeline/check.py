@@ -15,7 +15,7 @@ from pipeline.data.sources import Source, read_sources
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.models.loading import load_tokenizer
-from pipeline.scoring import import_function
+from pipeline.scoring import import_from, import_function
 
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +27,6 @@ PARENTS = {
     "reward": ("pretrain", "sft", "reward", "ppo"),
     "ppo": ("sft", "ppo"),
 }
-ENCODED = 2000  # rows whose lengths are measured
 
 
 def check_recipe(recipe: str, data_root: str | None) -> int:
@@ -41,6 +40,7 @@ def check_recipe(recipe: str, data_root: str | None) -> int:
     tokenizer: Any = None
     outputs: set[str] = set()
     for name, file in stages.items():
+        import_from(file.parent)
         flags = ["--config", str(file), *(["--data_root", data_root] if data_root else [])]
         args: Any = arguments.load(STAGES[name], flags)
         sources = read_sources(args.datasets, KINDS[name], args.data_root)
@@ -49,7 +49,7 @@ def check_recipe(recipe: str, data_root: str | None) -> int:
         for function in [
             getattr(args, "truth", None),
             *getattr(args, "judges", []),
-            *(s.function for s in getattr(args, "reward", [])),
+            *(s.function for s in [*getattr(args, "reward", []), *getattr(args, "score", [])]),
         ]:
             if function:
                 import_function(function)
@@ -83,7 +83,7 @@ def check_recipe(recipe: str, data_root: str | None) -> int:
 
 
 def _lengths(stage: str, source: Source, tokenizer: Any) -> list[int]:
-    records = source.records[:ENCODED]
+    records = source.records
     if stage == "pretrain":
         return [len(ids) for ids in document_ids(tokenizer, [r["text"] for r in records])]
     if not tokenizer.chat_template:

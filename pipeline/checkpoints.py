@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +23,11 @@ from typing import Any
 
 import pipeline
 from pipeline.errors import UserError
+from pipeline.metrics import history
 
 LINEAGE = "lineage.json"
 MANIFEST = "manifest.json"
+RESUMES = "resumes.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "bitsandbytes", "evaluate")
 # What a run may change without becoming another run: where it writes and how it talks, not what it computes.
@@ -75,6 +78,7 @@ class Parent:
     tokenizer_sha256: str | None = None
     chat_template_sha256: str | None = None
     revision: str | None = None
+    hub: str | None = None  # the id that `path`, the Hub's cache, was fetched by
 
     def refuse_other_tokenizer(self, tokenizer: Any) -> None:
         """The tokenizer and template that the stage finished with, or none of them."""
@@ -88,8 +92,12 @@ class Parent:
                     "restore it, or run that stage again"
                 )
 
+    def identity(self) -> list[str | None]:
+        """What makes it another parent."""
+        return [self.weights_sha256, self.tokenizer_sha256, self.chat_template_sha256]
+
     def record(self) -> dict[str, Any]:
-        keys = ("path", "stage", "weights_sha256", "revision")
+        keys = ("path", "hub", "stage", "weights_sha256", "revision")
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
 
@@ -139,7 +147,7 @@ def _hub_parent(name: str) -> Parent:
             "check the name, the network and your log-in, or download it and give its folder"
         ) from error
     # A snapshot lies under its commit's name.
-    return Parent(path=str(local), stage=None, weights_sha256=weights_sha256(local), revision=local.name)
+    return Parent(path=str(local), stage=None, weights_sha256=weights_sha256(local), revision=local.name, hub=name)
 
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:
@@ -174,6 +182,14 @@ class StageOutput:
     stage: str
     recipe: dict[str, Any]
     inputs: dict[str, Any] = field(default_factory=dict)
+    config: str | None = None  # the recipe's file
+    seconds_before: float = 0.0  # of the starts that this one resumes
+    started: float = field(default_factory=time.time)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this run, over all its starts; what was lost at a kill is not in it."""
+        return self.seconds_before + time.time() - self.started
 
     @property
     def fingerprint(self) -> str:
@@ -237,6 +253,29 @@ class StageOutput:
             return []
         return [entry for entry in self.folder.iterdir() if CHECKPOINT.fullmatch(entry.name) and entry.is_dir()]
 
+    def begin(self, checkpoint: Path | None) -> list[int]:
+        """Go back to where `checkpoint` (or nothing) was sealed: history, clock, no half-written checkpoints.
+
+        Returns:
+            the steps at which this run was resumed, this start included.
+        """
+        step = checkpoint_step(checkpoint) if checkpoint else 0
+        resumes = self.folder / RESUMES
+        rows = 0
+        steps: list[int] = []
+        if checkpoint:
+            manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+            self.seconds_before, rows = manifest["seconds"], manifest["history_rows"]
+            steps = [*(json.loads(resumes.read_text()) if resumes.is_file() else []), step]
+        history.rewind(self.folder, rows)
+        write_json(resumes, steps)
+        for stray in [
+            *self.folder.glob("checkpoint-*.tmp"),
+            *(c for c in self.checkpoints() if checkpoint_step(c) > step),
+        ]:
+            shutil.rmtree(stray)
+        return steps
+
     def seal(self, checkpoint: Path) -> None:
         """Write the manifest of a checkpoint whose files are all there."""
         files = {
@@ -244,7 +283,14 @@ class StageOutput:
             for path in sorted(checkpoint.rglob("*"))
             if path.is_file() and path.name not in (MANIFEST, MANIFEST + ".tmp")
         }
-        manifest = {"stage": self.stage, "fingerprint": self.fingerprint, "recipe": self.recipe, "files": files}
+        manifest = {
+            "stage": self.stage,
+            "fingerprint": self.fingerprint,
+            "recipe": self.recipe,
+            "files": files,
+            "seconds": self.seconds,
+            "history_rows": len(history.read(self.folder)),
+        }
         write_json(checkpoint / MANIFEST, manifest)
 
     def prune(self, keep: int, also: Iterable[Path] = ()) -> None:
@@ -264,6 +310,7 @@ class StageOutput:
             "stage": self.stage,
             "status": "complete",
             "recipe": self.recipe,
+            "config": self.config,
             "fingerprint": self.fingerprint,
             **lineage,
             "weights_sha256": weights_sha256(self.folder),
@@ -272,6 +319,7 @@ class StageOutput:
             "hardware": hardware(),
             "metrics": metrics,
         }
+        (self.folder / RESUMES).unlink(missing_ok=True)
         write_json(self.folder / LINEAGE, lineage)
         self._remove_checkpoints()
 

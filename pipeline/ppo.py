@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipeline.algorithms.masking import masked_sum, whiten
 from pipeline.algorithms.ppo import compute_gae, missing_eos_scores, policy_losses, shape_rewards, value_losses
 from pipeline.algorithms.schedules import lr_factor
 from pipeline.arguments import PPOArguments
-from pipeline.checkpoints import Parent, checkpoint_step, tokenizer_hashes, verify_parent, write_json, writing
+from pipeline.checkpoints import Parent, tokenizer_hashes, verify_parent, write_json, writing
 from pipeline.data.collators import right_pad
 from pipeline.data.encoding import ChatEncoder, forbidden_ids
 from pipeline.data.records import Record
@@ -35,9 +35,8 @@ from pipeline.models.loading import disable_dropout, load_causal_lm, load_tokeni
 from pipeline.models.roles import PolicyModel
 from pipeline.models.scalar_head import ValueModel, init_head, load_scalar_model
 from pipeline.rollout import Rollout, generate, row_uniforms
-from pipeline.scoring import Scorer, build_scorer, call_function, import_function
+from pipeline.scoring import Scorer, build_scorer, call_function, identity, import_function, judge_labels, source_sha256
 from pipeline.stage import Run, launch
-from pipeline.training import RESUMES, clear_resumes
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -81,11 +80,13 @@ def main(run: Run[PPOArguments]) -> None:
     require_pad(tokenizer, args.parent)
     encoder = ChatEncoder(tokenizer)
     scorer = build_scorer(args.reward, encoder, accelerator.device)
-    judges = [(name, import_function(name)) for name in args.judges]
+    judges = [(label, name, import_function(name)) for label, name in judge_labels(args.judges).items()]
     value_parent = next((part.parent for part in scorer.parts if part.parent), None)
     run.output.inputs = {
         "parent": parent.weights_sha256,
-        "reward": [part.parent.weights_sha256 for part in scorer.parts if part.parent],
+        "tokenizer": tokenizer_hashes(tokenizer),
+        "reward": identity(args.reward),
+        "judges": [source_sha256(function) for _, _, function in judges],
         "data": fingerprint([*sources, *eval_sources]),
     }
     if run.already_done():
@@ -96,7 +97,7 @@ def main(run: Run[PPOArguments]) -> None:
     state = State(**json.loads((checkpoint / "state.json").read_text())) if checkpoint else State()
     set_seed(args.seed)
     loop = Loop(run, args, accelerator, bf16, encoder, scorer, judges, parent, value_parent, checkpoint, state)
-    resumed = begin(run, state.rollout)
+    resumed = run.begin(checkpoint)
     if args.trackers:
         accelerator.init_trackers(
             "rlhf-pipeline",
@@ -142,9 +143,6 @@ def main(run: Run[PPOArguments]) -> None:
     if run.is_main:
         loop.save_final(Path(args.output_dir))
         write_json(Path(args.output_dir) / "samples.json", samples)
-    clear_resumes(run)
-    if args.trackers:
-        accelerator.end_training()
     run.finish(
         parents=[parent.record(), *(part.parent.record() for part in scorer.parts if part.parent)],
         datasets=[s.provenance() for s in [*sources, *eval_sources]],
@@ -155,6 +153,7 @@ def main(run: Run[PPOArguments]) -> None:
         summary=f"held-out reward {metrics['score']:.3f} (SFT {metrics['reference_score']:.3f}) at a KL of {metrics['kl']:.2f} nats, "
         f"{metrics['response_tokens']:.1f} tokens a response, {metrics['stopped']:.0%} stopped",
     )
+    accelerator.end_training()  # last: it also ends the process group
 
 
 def refuse_backend(accelerator: Accelerator, args: PPOArguments) -> None:
@@ -243,7 +242,7 @@ class Loop:
         bf16: bool,
         encoder: ChatEncoder,
         scorer: Scorer,
-        judges: list[tuple[str, Any]],
+        judges: list[tuple[str, str, Any]],
         parent: Parent,
         value_parent: Parent | None,
         checkpoint: Path | None,
@@ -283,6 +282,8 @@ class Loop:
             saved = torch.load(checkpoint / "optimizers.pt", map_location="cpu", weights_only=True)
             self.policy_optimizer.load_state_dict(saved["policy"])
             self.value_optimizer.load_state_dict(saved["value"])
+            if len(saved["random"]) == run.processes:
+                torch.set_rng_state(saved["random"][run.rank])
         self.parameters = {
             "policy": policy.num_parameters(exclude_embeddings=True),
             "value": value.num_parameters(exclude_embeddings=True),
@@ -298,8 +299,8 @@ class Loop:
         mine = list(range(len(records)))[self.run.rank :: self.run.processes]
         responses = self.sample(self.accelerator.unwrap_model(self.policy).model, records, mine, uniforms)
         generated = time.perf_counter()
-        answers = self.answers(records, mine, responses, with_values=True)
-        whole = sorted(gather_object(answers), key=lambda answer: answer["row"])
+        answers = self.run.gather(lambda: self.answers(records, mine, responses, with_values=True))
+        whole = sorted(answers, key=lambda answer: answer["row"])
         rollout = self.assemble(records, whole)
         figures = self.rollout_figures(rollout, whole)
         figures |= {"seconds_generate": generated - start, "seconds_score": time.perf_counter() - generated}
@@ -327,6 +328,8 @@ class Loop:
         self, records: list[Record], rows: list[int], responses: list[list[int]], with_values: bool
     ) -> list[dict[str, Any]]:
         """Score each response, and its tokens' log-probabilities and values; plain lists, to be gathered."""
+        if not rows:
+            return []
         mine = [records[i] for i in rows]
         with self.autocast():
             scored = self.scorer(
@@ -550,8 +553,8 @@ class Loop:
             ("reference", self.reference.model),
         ):
             responses = self.sample(model, records, mine, uniforms) if mine else []
-            answers = self.answers(records, mine, responses, with_values=False) if mine else []
-            found[name] = sorted(gather_object(answers), key=lambda answer: answer["row"])
+            answers = self.run.gather(partial(self.answers, records, mine, responses, with_values=False))
+            found[name] = sorted(answers, key=lambda answer: answer["row"])
         self.state.flops = flops
         policy = found["policy"]
         n = len(policy)
@@ -567,12 +570,12 @@ class Loop:
         for part in policy[0]["parts"]:
             metrics[f"eval_score_{part}"] = sum(a["parts"][part] for a in policy) / n
         texts, reference_texts = (self.encoder.texts([a["response"] for a in found[name]]) for name in found)
-        for judge, function in self.judges:
+        for label, judge, function in self.judges:
             asked = [records[a["row"]] for a in policy]
             verdicts = call_function(
                 function, judge, [r["prompt"][-1]["content"] for r in asked], texts, [r["row"] for r in asked]
             )
-            metrics[f"eval_{judge.split(':')[0]}"] = sum(verdicts) / n
+            metrics[f"eval_{label}"] = sum(verdicts) / n
         samples = [
             {
                 "prompt": records[a["row"]]["prompt"][-1]["content"],
@@ -652,26 +655,6 @@ def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> Any:
     import contextlib
 
     return contextlib.nullcontext() if last else accelerator.no_sync(model)
-
-
-def begin(run: Run[PPOArguments], rollout: int) -> list[int]:
-    """Rewind the history to where this start resumes, drop what was half written; returns all resume points."""
-    path = run.output.folder / RESUMES
-    resumed: list[int] = json.loads(path.read_text()) if path.is_file() and rollout else []
-    if rollout:
-        resumed.append(rollout)
-        logger.info("ppo: resuming from rollout %d", rollout)
-    run.barrier()
-    if run.is_main:
-        history.rewind(run.output.folder, rollout or -1)
-        write_json(path, resumed)
-        for stray in run.output.folder.glob("checkpoint-*.tmp"):
-            shutil.rmtree(stray)
-        for broken in run.output.checkpoints():
-            if checkpoint_step(broken) > rollout:
-                shutil.rmtree(broken)
-    run.barrier()
-    return resumed
 
 
 def log(run: Run[PPOArguments], accelerator: Accelerator, rollout: int, figures: dict[str, float]) -> None:

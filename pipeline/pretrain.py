@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from pipeline.arguments import PretrainArguments
-from pipeline.checkpoints import Parent, verify_parent
+from pipeline.checkpoints import tokenizer_hashes, verify_parent
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import document_ids
 from pipeline.data.packing import Block, pack_documents
@@ -23,7 +23,6 @@ from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, 
 from pipeline.stage import Run, launch
 from pipeline.training import (
     StageTrainer,
-    clear_resumes,
     measure_tokens,
     prepare_trainer,
     save_whole,
@@ -42,12 +41,20 @@ def main(run: Run[PretrainArguments]) -> None:
     args = run.args
     parent = verify_parent(args.parent, ("pretrain", "sft", "ppo")) if args.parent else None
     sources = read_sources(args.datasets, "document", args.data_root)
-    run.output.inputs = {"parent": parent and parent.weights_sha256, "data": fingerprint(sources)}
+    folder = parent.path if parent else args.tokenizer
+    given = load_tokenizer(folder) if folder else None
+    if parent and given:
+        parent.refuse_other_tokenizer(given)
+    run.output.inputs = {
+        "parent": parent and parent.weights_sha256,
+        "tokenizer": given and tokenizer_hashes(given),
+        "data": fingerprint(sources),
+    }
     if run.already_done():
         return
 
     texts = [split_texts(source, args.held_out_fraction) for source in sources]
-    tokenizer = _tokenizer(args, parent, [text for train_texts, _ in texts for text in train_texts])
+    tokenizer = given or _new_tokenizer(args, [text for train_texts, _ in texts for text in train_texts])
     if parent:
         model = load_causal_lm(parent.path)
         refuse_beyond_context(model.config, args.block_tokens, "block_tokens")
@@ -95,7 +102,6 @@ def main(run: Run[PretrainArguments]) -> None:
         "steps": trainer.state.global_step,
     }
     save_whole(trainer, tokenizer)
-    clear_resumes(run)
     run.finish(
         parents=[parent.record()] if parent else [],
         datasets=[
@@ -115,7 +121,7 @@ class PretrainTrainer(StageTrainer, Trainer):
     """Trainer over packed blocks, with our held-out measure."""
 
     def measure(self) -> dict[str, float]:
-        nll, tokens, _ = measure_tokens(self, self.eval_dataset, 8)
+        nll, tokens, _ = measure_tokens(self, self.eval_dataset, self.eval_rows)
         return {**Perplexity().compute(nll=[nll], tokens=[tokens]), "nll": nll, "held_out_tokens": tokens}
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,11 +140,7 @@ def split_texts(source: Source, fraction: float) -> tuple[list[str], list[str]]:
     return ([text[:cut]], [text[cut:]]) if 0 < cut < len(text) else ([text], [])
 
 
-def _tokenizer(args: PretrainArguments, parent: Parent | None, texts: list[str]) -> PreTrainedTokenizerBase:
-    if parent:
-        return load_tokenizer(parent.path)
-    if args.tokenizer:
-        return load_tokenizer(args.tokenizer)
+def _new_tokenizer(args: PretrainArguments, texts: list[str]) -> PreTrainedTokenizerBase:
     assert args.train_tokenizer is not None
     return train_tokenizer(texts, args.train_tokenizer.vocab_size)
 

@@ -9,20 +9,21 @@ import io
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.arguments import DatasetEntry
+from pipeline.arguments import DatasetEntry, RewardSource
 from pipeline.checkpoints import read_lineage, weights_sha256, write_json
 from pipeline.data.encoding import ChatEncoder, forbidden_ids
-from pipeline.data.records import Record, parse_prompt, read_jsonl
+from pipeline.data.records import PARSERS, Record, read_jsonl
 from pipeline.data.sources import read_sources
 from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError
 from pipeline.metrics import WinRate, history
 from pipeline.models.loading import load_causal_lm, load_tokenizer
 from pipeline.rollout import generate, row_uniforms
-from pipeline.scoring import call_function, import_function, score
+from pipeline.scoring import build_scorer, call_function, import_from, import_function, judge_labels
 
 import numpy as np
 import torch
@@ -48,11 +49,21 @@ def write_report(
     """
     folder = Path(run_dir)
     lineages, notes = read_run(folder)
-    prompts = held_out_prompts(lineages, prompts_file, num_prompts, data_root)
+    for lineage in lineages.values():
+        if lineage.get("config"):
+            import_from(Path(lineage["config"]).parent)
+    prompts = held_out_prompts(folder, lineages, prompts_file, num_prompts, data_root)
     ppo_recipe = lineages.get("ppo", {}).get("recipe", {})
-    judge_names = list(dict.fromkeys([*judges, *ppo_recipe.get("judges", [])]))
-    answers = {name: sample_answers(folder / name, prompts, ppo_recipe) for name in ANSWERING if name in lineages}
-    scores = {name: judge_answers(folder, lineages, prompts, texts, judge_names) for name, texts in answers.items()}
+    asked = judge_labels(list(dict.fromkeys([*judges, *ppo_recipe.get("judges", [])])))
+    answers: dict[str, Answers] = {}
+    scores: dict[str, dict[str, list[float]]] = {}
+    for name in ANSWERING:
+        if name in lineages:
+            try:  # one stage that cannot answer (no chat template, say) is a note, not the end of the report
+                answers[name] = sample_answers(folder / name, prompts, ppo_recipe)
+                scores[name] = judge_answers(folder, lineages, prompts, answers[name], asked, notes)
+            except UserError as error:
+                notes.append(f"{name}: does not answer here: {error}")
     stages = {name: stage_figures(lineage) for name, lineage in lineages.items()}
     report: dict[str, Any] = {
         "run": folder.name,
@@ -96,25 +107,40 @@ def read_run(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 def held_out_prompts(
-    lineages: dict[str, Any], prompts_file: str | None, number: int, data_root: str | None
+    folder: Path, lineages: dict[str, Any], prompts_file: str | None, number: int, data_root: str | None
 ) -> list[Record]:
-    """The PPO recipe's held-out prompts, or those of `prompts_file`."""
+    """The PPO recipe's held-out prompts as PPO itself takes them, or those of `prompts_file`."""
     if prompts_file:
-        return read_jsonl(Path(prompts_file), parse_prompt, number)
-    recipe = next((lineages[name]["recipe"] for name in ("ppo", "sft") if name in lineages), None)
-    if recipe is None:
+        return read_jsonl(Path(prompts_file), PARSERS["prompt"], number)
+    stage = next((name for name in ("ppo", "sft") if name in lineages), None)
+    if stage is None:
         return []
+    recipe = lineages[stage]["recipe"]
     root = data_root or recipe["data_root"]
     entries = recipe.get("eval_datasets") or recipe["datasets"]
     sources = read_sources([DatasetEntry(**entry) for entry in entries], "prompt", root)
     records = [record for source in sources for record in source.records]
     if not recipe.get("eval_datasets"):
         records = split_records(records, recipe["held_out_fraction"])[1]
-    return spread(records)[:number]
+    records = spread(records)
+    if limit := recipe.get("max_prompt_tokens"):
+        encoder = ChatEncoder(load_tokenizer(str(folder / stage)))
+        records = [record for record in records if len(encoder.prompt_ids(record["prompt"])) <= limit]
+    return records[:number]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One stage's answer to each prompt, through its stop token where it stopped."""
+
+    encoder: ChatEncoder
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    texts: list[str]
 
 
 @torch.no_grad()
-def sample_answers(folder: Path, prompts: list[Record], ppo_recipe: dict[str, Any]) -> list[str]:
+def sample_answers(folder: Path, prompts: list[Record], ppo_recipe: dict[str, Any]) -> Answers:
     """One sampled answer to each prompt, with the same random numbers for every stage."""
     tokenizer = load_tokenizer(str(folder))
     model: Any = load_causal_lm(str(folder)).eval()
@@ -124,35 +150,56 @@ def sample_answers(folder: Path, prompts: list[Record], ppo_recipe: dict[str, An
     ids = [encoder.prompt_ids(record["prompt"]) for record in prompts]
     uniforms = row_uniforms(SEED, range(len(ids)), limit)
     forbidden = forbidden_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
-    texts: list[str] = []
-    for start in range(0, len(ids), 32):
-        part = generate(
+    rows = ppo_recipe.get("generation_rows", 32)
+    found: list[list[int]] = []
+    for start in range(0, len(ids), rows):
+        found += generate(
             model,
-            ids[start : start + 32],
-            uniforms[start : start + 32],
+            ids[start : start + rows],
+            uniforms[start : start + rows],
             max_new_tokens=limit,
             stop_ids=[encoder.eos_id],
             pad_id=tokenizer.pad_token_id,
             forbidden=forbidden,
             temperature=ppo_recipe.get("temperature", 1.0),
         )
-        texts += encoder.texts(part)
-    return texts
+    return Answers(encoder, ids, found, encoder.texts(found))
 
 
 def judge_answers(
-    folder: Path, lineages: dict[str, Any], prompts: list[Record], texts: list[str], judges: list[str]
+    folder: Path,
+    lineages: dict[str, Any],
+    prompts: list[Record],
+    answers: Answers,
+    judges: dict[str, str],
+    notes: list[str],
 ) -> dict[str, list[float]]:
-    """Every judge's score of every answer: the run's reward model as `reward`, Python judges by module name."""
+    """Every judge's score of every answer: the run's reward model as `reward` (as PPO reads it: an answer cut at the
+    length limit has no EOS), Python judges by their labels. A judge that fails is a note."""
     found: dict[str, list[float]] = {}
+    messages, rows = [r["prompt"] for r in prompts], [r["row"] for r in prompts]
     if "reward" in lineages:
-        found["reward"] = score([r["prompt"] for r in prompts], texts, str(folder / "reward"))
-    for name in judges:
-        function = import_function(name)
-        found[name.split(":")[0]] = call_function(
-            function, name, [r["prompt"][-1]["content"] for r in prompts], texts, [r["row"] for r in prompts]
-        )
+        try:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            scorer = build_scorer([RewardSource(model=str(folder / "reward"))], answers.encoder, device)
+            found["reward"] = scorer(messages, answers.prompt_ids, answers.response_ids, rows).scores.tolist()
+        except UserError as error:
+            _note_once(notes, f"reward: does not judge here: {error}")
+    for label, name in judges.items():
+        try:
+            verdicts = call_function(
+                import_function(name), name, [m[-1]["content"] for m in messages], answers.texts, rows
+            )
+        except UserError as error:
+            _note_once(notes, f"judge {name}: {error}")
+        else:
+            found[label] = verdicts
     return found
+
+
+def _note_once(notes: list[str], note: str) -> None:
+    if note not in notes:
+        notes.append(note)
 
 
 def stage_figures(lineage: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +212,7 @@ def win_rates(scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]
     names = [name for name in ANSWERING if name in scores]
     for position, candidate in enumerate(names):
         for baseline in reversed(names[:position]):
-            for judge in scores[candidate]:
+            for judge in [judge for judge in scores[candidate] if judge in scores[baseline]]:
                 result = WinRate()._compute(scores[candidate][judge], scores[baseline][judge])
                 rows.append({"candidate": candidate, "baseline": baseline, "judge": judge, **result})
     return rows
@@ -198,17 +245,17 @@ def agreement(scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]
 
 
 def samples(
-    prompts: list[Record], answers: dict[str, list[str]], scores: dict[str, dict[str, list[float]]]
+    prompts: list[Record], answers: dict[str, Answers], scores: dict[str, dict[str, list[float]]]
 ) -> list[dict[str, Any]]:
     return [
         {
             "prompt": record["prompt"][-1]["content"],
             "responses": {
                 stage: {
-                    "text": texts[i],
-                    "scores": {judge: round(values[i], 3) for judge, values in scores[stage].items()},
+                    "text": found.texts[i],
+                    "scores": {judge: round(values[i], 3) for judge, values in scores.get(stage, {}).items()},
                 }
-                for stage, texts in answers.items()
+                for stage, found in answers.items()
             },
         }
         for i, record in enumerate(prompts[:SAMPLES])
@@ -256,7 +303,7 @@ def plots(folder: Path, lineages: dict[str, Any]) -> dict[str, list[str]]:
                     _curve(f"{stage}: {title}", "rollout" if stage == "ppo" else "optimizer step", unit, series)
                 )
         points = frontier(folder) if stage == "ppo" else []
-        for judge in ["reward", *(name.split(":")[0] for name in lineages[stage]["recipe"].get("judges", []))]:
+        for judge in ["reward", *judge_labels(lineages[stage]["recipe"].get("judges", []))]:
             if points:
                 series = {judge: [(point["kl"], point[judge]) for point in points]}
                 labels = [str(point["step"]) for point in points]

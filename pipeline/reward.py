@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.algorithms.preference import ranking_loss
 from pipeline.arguments import RewardArguments
-from pipeline.checkpoints import verify_parent
+from pipeline.checkpoints import tokenizer_hashes, verify_parent
 from pipeline.data.collators import RankingCollator
 from pipeline.data.comparisons import pairs_of, sift, summary
 from pipeline.data.encoding import PLAIN_TEMPLATE, ChatEncoder
@@ -27,11 +27,10 @@ from pipeline.metrics import PairAccuracy
 from pipeline.models.adapters import lora_config, save_merged
 from pipeline.models.loading import assign_pad, disable_dropout, load_tokenizer, refuse_beyond_context
 from pipeline.models.scalar_head import OFFSET, init_head, load_scalar_model, score_ids
-from pipeline.scoring import call_function, import_function
+from pipeline.scoring import call_function, import_function, source_sha256
 from pipeline.stage import Run, launch, refuse_sharded
 from pipeline.training import (
     StageTrainer,
-    clear_resumes,
     prepare_trainer,
     save_whole,
     share_batches,
@@ -54,21 +53,23 @@ def main(run: Run[RewardArguments]) -> None:
     parent = verify_parent(args.parent, ("pretrain", "sft", "reward", "ppo"))
     sources = read_sources(args.datasets, "ranking", args.data_root)
     demonstrations = read_sources(args.center_on, "demonstration", args.data_root)
+    truth = import_function(args.truth) if args.truth else None
+    tokenizer = load_tokenizer(parent.path)
+    parent.refuse_other_tokenizer(tokenizer)
     run.output.inputs = {
         "parent": parent.weights_sha256,
         "data": fingerprint(sources),
         "center_on": fingerprint(demonstrations),
+        "tokenizer": tokenizer_hashes(tokenizer),
+        "truth": source_sha256(truth) if truth else None,
     }
     if run.already_done():
         return
     sources = [_sift(source, args) for source in sources]
     records = [record for source in sources for record in source.records]
     trained, held_out, outsiders = _split(records, args)
-    truth = import_function(args.truth) if args.truth else None
 
     set_seed(args.seed)
-    tokenizer = load_tokenizer(parent.path)
-    parent.refuse_other_tokenizer(tokenizer)
     model = load_scalar_model(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
     if not tokenizer.chat_template:
@@ -132,7 +133,6 @@ def main(run: Run[RewardArguments]) -> None:
         logger.info("reward: held-out scores %.2f ± %.2f", scores["mean"], scores["std"])
     else:
         metrics = {}
-    clear_resumes(run)
     run.finish(
         parents=[parent.record()],
         datasets=[s.provenance() for s in [*sources, *demonstrations]],
@@ -181,7 +181,7 @@ class RankingTrainer(StageTrainer, RewardTrainer):
         """Held-out loss and accuracy: means over prompts and over pairs, over all processes."""
         state, sums = self.accelerator, torch.zeros(4, dtype=torch.float64)
         rows: Any = self.eval_dataset
-        batches = DataLoader(rows, batch_size=16, collate_fn=self.data_collator)
+        batches = DataLoader(rows, batch_size=self.eval_rows, collate_fn=self.data_collator)
         with torch.no_grad():
             for batch, counts in share_batches(batches, state):
                 batch = {key: value.to(state.device) for key, value in batch.items()}
@@ -319,7 +319,7 @@ def measure(
             record = item["record"]
             prompt = record["prompt"][-1]["content"]
             n = len(record["responses"])
-            item["scores"] = call_function(truth, truth_name, [prompt] * n, record["responses"], [record] * n)
+            item["scores"] = call_function(truth, truth_name, [prompt] * n, record["responses"], [record["row"]] * n)
         metrics["noise_ceiling"] = _accuracy(judged)["accuracy"]
         metrics["noise_ceiling_by_labeler"] = {
             name: _accuracy(items)["accuracy"] for name, items in sorted(by_labeler.items())

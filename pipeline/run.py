@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from pipeline.arguments import STAGES, read_recipe, recipe_stages
 from pipeline.checkpoints import read_lineage
 from pipeline.errors import UserError
 from pipeline.stage import ERROR_FILE, TERMINAL, cpu_cores
+
+import yaml
 
 PIPELINE = Path(__file__).resolve().parent
 
@@ -59,15 +62,13 @@ def stage_flags(
     parent = _folder(recipe.get("parent"))
     if parent in moved and moved[parent] != parent:
         flags += ["--parent", moved[parent]]
-    rewards = recipe.get("reward")
-    if name == "ppo" and rewards and any(_folder(source.model) in moved for source in rewards):
-        if len(rewards) > 1 or rewards[0].weight != 1.0:
-            if args.output_dir:
-                raise UserError(
-                    "--output-dir cannot move a weighted list of rewards; write the folders into the recipe"
-                )
-        else:
-            flags += ["--reward", moved[_folder(rewards[0].model)]]
+    for key in ("reward", "score"):
+        sources = recipe.get(key, [])
+        if any(moved.get(_folder(source.model), source.model) != source.model for source in sources):
+            here = [
+                dataclasses.replace(s, model=moved.get(_folder(s.model), s.model)) if s.model else s for s in sources
+            ]
+            flags += [f"--{key}", *map(str, here)]
     if args.data_root:
         flags += ["--data_root", args.data_root]
     if args.seed is not None:
@@ -98,6 +99,7 @@ def launch_stage(name: str, flags: list[str], args: argparse.Namespace) -> int:
     import torch
 
     if args.accelerate:
+        processes = args.num_processes or _processes_of(args.accelerate)
         command += ["--config_file", args.accelerate]
         if args.num_processes:
             command += ["--num_processes", str(processes)]
@@ -142,6 +144,15 @@ def launch_stage(name: str, flags: list[str], args: argparse.Namespace) -> int:
             print(f"error: {name} failed (exit code {process.returncode}); its last words:\n{tail}", file=sys.stderr)
             return 1
     return 0
+
+
+def _processes_of(config: str) -> int:
+    """`num_processes` of an accelerate config."""
+    try:
+        found = yaml.safe_load(Path(config).read_text(encoding="utf-8"))["num_processes"]
+        return int(found)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--accelerate {config}: no accelerate config can be read there ({error!r})") from error
 
 
 def _relay(process: subprocess.Popen[bytes]) -> str:

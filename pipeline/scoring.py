@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.checkpoints import Parent, tokenizer_hashes, verify_parent
+from pipeline.checkpoints import Parent, sha256_file, tokenizer_hashes, verify_parent
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
 from pipeline.models.loading import load_tokenizer, require_pad, set_pad
@@ -94,23 +94,35 @@ class Scorer:
         return Scores(total, found)
 
 
+def identity(sources: Sequence[SourceSpec]) -> list[Any]:
+    """What identifies the scores: every model's weights and tokenizer, every function's source."""
+    return [
+        verify_parent(source.model, ("reward",)).identity()
+        if source.model is not None
+        else source_sha256(import_function(str(source.function)))
+        for source in sources
+    ]
+
+
 def build_scorer(sources: Sequence[SourceSpec], encoder: ChatEncoder, device: torch.device) -> Scorer:
     """Load and verify every reward model and function of a recipe."""
+    named = [source.model or source.function for source in sources]
+    for name in named:
+        if named.count(name) > 1:
+            raise UserError(f"reward: {name!r} stands twice; give each part once, with its weight")
+    models = [source.model for source in sources if source.model is not None]
     parts = []
     for source in sources:
         if source.model is not None:
-            parts.append(_model_part(source.model, source.weight, encoder, device))
+            label = "reward_model" if len(models) == 1 else source.model
+            parts.append(_model_part(source.model, label, source.weight, encoder, device))
         else:
             assert source.function is not None
             parts.append(_function_part(source.function, source.weight))
-    names = [part.name for part in parts]
-    for part in parts:
-        if names.count(part.name) > 1:
-            raise UserError(f"reward: {part.name!r} stands twice; give each part once, with its weight")
     return Scorer(parts, encoder)
 
 
-def _model_part(path: str, weight: float, encoder: ChatEncoder, device: torch.device) -> Part:
+def _model_part(path: str, label: str, weight: float, encoder: ChatEncoder, device: torch.device) -> Part:
     parent = verify_parent(path, ("reward",))
     refuse_other_heads(parent.path)
     tokenizer = load_tokenizer(parent.path)
@@ -133,7 +145,7 @@ def _model_part(path: str, weight: float, encoder: ChatEncoder, device: torch.de
             ]
         return score_ids(model, ids, tokenizer.pad_token_id)
 
-    return Part("reward_model" if weight == 1.0 else Path(path).name, weight, compute, parent)
+    return Part(label, weight, compute, parent)
 
 
 def _function_part(name: str, weight: float) -> Part:
@@ -162,12 +174,9 @@ def call_function(
 
 
 def import_function(name: str) -> RewardFunction:
-    """`module:function`; the demo's and every recipe's folder is importable, as is the current folder."""
+    """`module:function`, looked for in the recipe's folder, the current folder, and those of the recipes that ship."""
     module_name, _, attribute = name.partition(":")
-    folders = [str(Path.cwd()), *sorted(str(folder.parent) for folder in (ROOT / "recipes").glob("*/*.py"))]
-    for folder in folders:
-        if folder not in sys.path:
-            sys.path.append(folder)
+    import_from(Path.cwd(), *sorted({file.parent for file in (ROOT / "recipes").glob("*/*.py")}))
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -175,10 +184,34 @@ def import_function(name: str) -> RewardFunction:
             f"function {name!r}: module {module_name!r} cannot be imported ({error}); "
             "put it in the recipe's folder, the current folder or an installed package"
         ) from error
+    except Exception as error:  # the user's own module, whatever it raises
+        raise UserError(f"function {name!r}: module {module_name!r} fails when it is imported: {error!r}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"function {name!r}: {module_name!r} has no function {attribute!r}")
     return function  # type: ignore[no-any-return]
+
+
+def import_from(*folders: Path) -> None:
+    """Make the folders' modules importable, after whatever is so already."""
+    for folder in folders:
+        if str(folder.resolve()) not in sys.path:
+            sys.path.append(str(folder.resolve()))
+
+
+def source_sha256(function: RewardFunction) -> str | None:
+    """Hash of the file that a function comes from: another file is another reward."""
+    file = getattr(sys.modules.get(function.__module__), "__file__", None)
+    return sha256_file(Path(file)) if file and Path(file).is_file() else None
+
+
+def judge_labels(names: Sequence[str]) -> dict[str, str]:
+    """Short names of judges in figures: the module's, or `module.function` where a module judges twice."""
+    modules = [name.split(":")[0] for name in names]
+    return {
+        module if modules.count(module) == 1 else name.replace(":", "."): name
+        for module, name in zip(modules, names, strict=True)
+    }
 
 
 def score(
@@ -187,7 +220,7 @@ def score(
     """Centred scores of finished responses by a reward model's folder, in one call."""
     encoder = ChatEncoder(load_tokenizer(reward))
     messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
-    part = _model_part(reward, 1.0, encoder, torch.device(device))
+    part = _model_part(reward, "reward_model", 1.0, encoder, torch.device(device))
     prompt_ids = [encoder.prompt_ids(p) for p in messages]
     response_ids = [encoder.response_ids(r) for r in responses]
     found: list[float] = part.compute(

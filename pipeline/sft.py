@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from pipeline.arguments import SFTArguments
-from pipeline.checkpoints import verify_parent
+from pipeline.checkpoints import tokenizer_hashes, verify_parent
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import PLAIN_TEMPLATE, ChatEncoder
 from pipeline.data.packing import join_examples, pack_examples
@@ -21,11 +21,10 @@ from pipeline.metrics import Perplexity
 from pipeline.models.adapters import lora_config, save_merged
 from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, refuse_beyond_context
 from pipeline.rollout import greedy_responses
-from pipeline.scoring import Scorer, build_scorer
+from pipeline.scoring import Scorer, build_scorer, identity
 from pipeline.stage import Run, launch, refuse_sharded
 from pipeline.training import (
     StageTrainer,
-    clear_resumes,
     measure_tokens,
     prepare_trainer,
     save_whole,
@@ -47,13 +46,18 @@ def main(run: Run[SFTArguments]) -> None:
         refuse_sharded("adapters are merged in whole models")
     parent = verify_parent(args.parent, ("pretrain", "sft", "ppo"))
     sources = read_sources(args.datasets, "demonstration", args.data_root)
-    run.output.inputs = {"parent": parent.weights_sha256, "data": fingerprint(sources)}
+    tokenizer = load_tokenizer(parent.path)
+    parent.refuse_other_tokenizer(tokenizer)
+    run.output.inputs = {
+        "parent": parent.weights_sha256,
+        "tokenizer": tokenizer_hashes(tokenizer),
+        "data": fingerprint(sources),
+        "score": identity(args.score),
+    }
     if run.already_done():
         return
 
     set_seed(args.seed)
-    tokenizer = load_tokenizer(parent.path)
-    parent.refuse_other_tokenizer(tokenizer)
     model = load_causal_lm(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
     if not tokenizer.chat_template:
@@ -116,7 +120,6 @@ def main(run: Run[SFTArguments]) -> None:
     elif run.is_main:
         trained = trainer.accelerator.unwrap_model(trainer.model)
         save_merged(trained, load_causal_lm(parent.path), tokenizer, Path(args.output_dir))
-    clear_resumes(run)
     run.finish(
         parents=[parent.record()],
         datasets=[s.provenance() for s in sources],
@@ -138,7 +141,7 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
     max_response_tokens: int
 
     def measure(self) -> dict[str, float]:
-        nll, tokens, hits = measure_tokens(self, self.eval_dataset, 16)
+        nll, tokens, hits = measure_tokens(self, self.eval_dataset, self.eval_rows)
         found = {**Perplexity().compute(nll=[nll], tokens=[tokens]), "token_accuracy": hits / max(tokens, 1)}
         if self.scorer is not None:
             found["score"] = self._score()
@@ -150,7 +153,8 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
         prompts = [r["messages"][:-1] for r in self.score_records]
         prompt_ids = [self.encoder.prompt_ids(prompt) for prompt in prompts]
         rows = greedy_responses(self.model, self.encoder.tokenizer, prompt_ids, self.max_response_tokens)
-        return float(self.scorer(prompts, prompt_ids, rows, list(self.score_records)).scores.mean())
+        asked = [record["row"] for record in self.score_records]
+        return float(self.scorer(prompts, prompt_ids, rows, asked).scores.mean())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._metrics["train"].pop("num_tokens", None)  # TRL's counter restarts at a resume

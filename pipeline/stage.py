@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import importlib.util
 import logging
 import os
@@ -20,12 +21,14 @@ from typing import Any, Generic, TypeVar
 from pipeline import arguments
 from pipeline.checkpoints import StageOutput, write_json
 from pipeline.errors import UserError
+from pipeline.scoring import import_from
 
 logger = logging.getLogger("pipeline")
 ROOT = Path(__file__).resolve().parent.parent
 ERROR_FILE = "RLHF_ERROR_FILE"  # where `rlhf run` reads a stage's own words: accelerate's launcher hides exit codes
 TERMINAL = "RLHF_TERMINAL"  # set by `rlhf run` where a person reads its terminal
 LOCK = ".lock"
+RANK_0_REPORTS_WITHIN = 3.0  # seconds
 Arguments = TypeVar("Arguments", bound=arguments.StageArguments)
 
 
@@ -52,7 +55,6 @@ class Run(Generic[Arguments]):
     args: Arguments
     output: StageOutput
     interruption: Interruption
-    started: float = dataclasses.field(default_factory=time.time)
     rank: int = 0
     processes: int = 1
 
@@ -90,19 +92,40 @@ class Run(Generic[Arguments]):
     def leave_interrupted(self) -> typing.NoReturn:
         number = self.interruption.signal or signal.SIGTERM
         if self.is_main:
-            print(f"{self.name}: interrupted; run the same command again to resume: {command_line()}", flush=True)
+            command = f": {command_line()}" if self.processes == 1 else ""
+            print(f"{self.name}: interrupted; run the same command again to resume{command}", flush=True)
         raise SystemExit(128 + number)
 
+    def gather(self, compute: Callable[[], list[Any]]) -> list[Any]:
+        """What every process computes, joined, in all of them; one process's UserError is raised in all of them."""
+        from accelerate.utils import gather_object
+
+        try:
+            mine = compute()
+        except UserError as error:
+            if self.processes == 1:
+                raise
+            mine = [error]
+        everything: list[Any] = gather_object(mine)
+        for found in everything:
+            if isinstance(found, UserError):
+                raise found
+        return everything
+
     def already_done(self) -> bool:
-        """Whether the output is complete for these inputs; says so. Ranks agree because rank 0 looks first."""
-        done = False
-        if self.is_main:
-            done = self.output.finished()
-        self.barrier()
-        done = self.any_process(done)
+        """Whether the output is complete for these inputs; says so. Rank 0 looks, all know."""
+        (done,) = self.gather(lambda: [self.output.finished()] if self.is_main else [])
         if done and self.is_main:
             print(f"{self.name}: already complete in {self.output.folder} for the same inputs", flush=True)
-        return done
+        return bool(done)
+
+    def begin(self, checkpoint: Path | None) -> list[int]:
+        """Start at `checkpoint`, or at nothing; returns the steps at which this run was resumed."""
+        self.barrier()  # all have found the checkpoint before broken ones go
+        steps: list[int] = self.gather(lambda: self.output.begin(checkpoint) if self.is_main else [])
+        if checkpoint:
+            logger.info("%s: resuming from %s", self.name, checkpoint.name)
+        return steps
 
     def finish(
         self,
@@ -119,7 +142,7 @@ class Run(Generic[Arguments]):
         from pipeline.checkpoints import tokenizer_hashes
         from pipeline.metrics.cards import write_model_card
 
-        seconds = time.time() - self.started
+        seconds = self.output.seconds
         if self.is_main:
             tokenizer_hash, template_hash = tokenizer_hashes(tokenizer)
             write_model_card(self.output.folder, self.name, self.output.recipe, parents, datasets, metrics)
@@ -130,7 +153,7 @@ class Run(Generic[Arguments]):
                 "chat_template_sha256": template_hash,
                 "seconds": round(seconds, 2),
                 "flops": flops,
-                "started": _iso(self.started),
+                "started": _iso(self.output.started),
                 "finished": _iso(time.time()),
                 "processes": self.processes,
                 "resumed_from": resumed_from,
@@ -149,17 +172,25 @@ def launch(
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--config" not in argv and "--help" not in argv and "-h" not in argv:
         argv = ["--config", str(ROOT / "recipes" / "demo" / f"{name}.yaml"), *argv]
+    config = Path(argv[argv.index("--config") + 1]) if "--config" in argv[:-1] else None
+    if config is not None:
+        import_from(config.parent)  # a recipe may carry its own rewards and judges
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as held:
         try:
             args = arguments.load(cls, argv)
-            body(_open(name, args, rank, held))
+            body(_open(name, args, config, rank, held))
         except UserError as error:
             _report_error(str(error), rank)
             raise SystemExit(2) from None
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+            _report_error(f"{error.filename}: {error.strerror}; give this user the right to write there", rank)
+            raise SystemExit(2) from None
 
 
-def _open(name: str, args: Arguments, rank: int, held: contextlib.ExitStack) -> Run[Arguments]:
+def _open(name: str, args: Arguments, config: Path | None, rank: int, held: contextlib.ExitStack) -> Run[Arguments]:
     import torch
     from accelerate import PartialState
 
@@ -201,7 +232,7 @@ def _open(name: str, args: Arguments, rank: int, held: contextlib.ExitStack) -> 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a third of a step
-    output = StageOutput(folder, name, arguments.as_dict(args))
+    output = StageOutput(folder, name, arguments.as_dict(args), config=str(config) if config else None)
     return Run(name, args, output, Interruption(), rank=state.process_index, processes=state.num_processes)
 
 
@@ -277,8 +308,13 @@ def refuse_sharded(why: str) -> None:
 
 
 def _report_error(message: str, rank: int) -> None:
+    """One line, from rank 0 where it failed too; what only another rank met (its rows' rewards, say) that rank reports."""
     if rank != 0:
-        return
+        asked_to_end: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: asked_to_end.append(number))
+        time.sleep(RANK_0_REPORTS_WITHIN)  # the launcher ends this process when rank 0 has failed
+        if asked_to_end:
+            return
     print(f"error: {message}", file=sys.stderr, flush=True)
     if path := os.environ.get(ERROR_FILE):
         write_json(Path(path), {"message": message})

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.arguments import TrainerArguments
-from pipeline.checkpoints import checkpoint_step, write_json
 from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
 from pipeline.metrics import history
@@ -23,12 +22,12 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
-RESUMES = "resumes.json"
 SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
 OWNED = {
     "output_dir",
     "seed",
     "per_device_train_batch_size",
+    "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",
     "max_steps",
@@ -57,6 +56,7 @@ OWNED = {
     "completion_only_loss",
     "assistant_only_loss",
     "use_cpu",
+    "center_rewards_coefficient",  # our ranking loss has no such term: scores are centred after training
 }
 
 
@@ -84,7 +84,11 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
     fields = {field.name for field in dataclasses.fields(cls)}
     for name in options:
         if name not in fields or name in OWNED:
-            why = "is set by a key of this stage" if name in OWNED else f"is no field of {cls.__name__}"
+            why = (
+                "is set by a key of this stage, or has no effect in it"
+                if name in OWNED
+                else f"is no field of {cls.__name__}"
+            )
             raise UserError(f"trainer_options: {name!r} {why}; drop it")
     device, steps = accumulation(args, run.processes)
     settings = dict(
@@ -92,6 +96,7 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
         seed=args.seed,
         data_seed=args.seed,
         per_device_train_batch_size=device,
+        per_device_eval_batch_size=args.eval_examples_per_device,
         gradient_accumulation_steps=steps,
         num_train_epochs=args.epochs,
         max_steps=args.max_steps or -1,
@@ -184,6 +189,11 @@ class StageTrainer:
     stage_callback: StageCallback
     tokens_seen = 0
 
+    @property
+    def eval_rows(self) -> int:
+        """Rows of one evaluation forward pass in one process."""
+        return int(self.args.per_device_eval_batch_size)  # type: ignore[attr-defined]
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -235,40 +245,11 @@ def train(trainer: Any, run: Run[Any]) -> list[int]:
         the steps at which this run was resumed, over all its restarts.
     """
     checkpoint = run.output.resumable()
-    step = checkpoint_step(checkpoint) if checkpoint else 0
-    run.barrier()
-    resumed = _record_resume(run, step)
+    resumed = run.begin(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if run.interrupted():
         run.leave_interrupted()
     return resumed
-
-
-def _record_resume(run: Run[Any], step: int) -> list[int]:
-    import json
-    import shutil
-
-    path = run.output.folder / RESUMES
-    resumed: list[int] = json.loads(path.read_text()) if path.is_file() else []
-    if step:
-        resumed.append(step)
-        logger.info("%s: resuming from step %d", run.name, step)
-    else:
-        resumed = []
-    run.barrier()
-    if run.is_main:
-        history.rewind(run.output.folder, step or -1)
-        write_json(path, resumed)
-        for broken in run.output.checkpoints():  # killed while it was written
-            if checkpoint_step(broken) > step:
-                shutil.rmtree(broken)
-    run.barrier()
-    return resumed
-
-
-def clear_resumes(run: Run[Any]) -> None:
-    if run.is_main:
-        (run.output.folder / RESUMES).unlink(missing_ok=True)
 
 
 def share_batches(batches: Any, state: Any) -> Iterator[tuple[dict[str, Any], bool]]:

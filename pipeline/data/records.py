@@ -7,7 +7,8 @@ A parsed record is plain data in one canonical form, whatever the file called it
     ranking        {"prompt", "responses", "ranks"}     a comparison is a ranking of two
     prompt         {"prompt"}
 
-`prompt` is a list of {"role", "content"}; each record also keeps the optional columns below and `line`.
+`prompt` is a list of {"role", "content"}; each record also keeps the optional columns below, `line`, and but for
+documents the file's own `row`, which is what reward functions and judges are given.
 """
 
 from __future__ import annotations
@@ -106,6 +107,11 @@ def _json_object(raw: bytes, first: bool) -> dict[str, Any] | None:
         raise RecordError(f"not valid JSON ({error.msg}, column {error.colno}): {shorten(text.strip())}") from None
     except RecursionError:
         raise RecordError("nested too deeply to be a record") from None
+    if "\\ud" in text.lower():  # an escape may be half a pair, which no file can hold as UTF-8
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RecordError("holds half of a surrogate pair (\\ud8xx alone); write the character itself") from None
     if not isinstance(row, dict):
         raise RecordError(f"expected a JSON object, got {shorten(row)}")
     return row
@@ -144,7 +150,7 @@ def parse_prompt(row: dict[str, Any]) -> Record:
         raise RecordError(f"no column `prompt`; columns are: {', '.join(sorted(row)) or 'none'}")
     if not prompt or prompt[-1]["role"] == "assistant":
         raise RecordError("the prompt must end with a user's turn")
-    return {"prompt": prompt, **_optional(row), "row": row}
+    return {"prompt": prompt, **_optional(row)}
 
 
 def parse_demonstration(row: dict[str, Any]) -> Record:
@@ -285,9 +291,13 @@ def _optional(row: dict[str, Any]) -> Record:
     return kept
 
 
+def _keeping_row(parse: Callable[[dict[str, Any]], Record]) -> Callable[[dict[str, Any]], Record]:
+    return lambda row: {**parse(row), "row": row}
+
+
 PARSERS: dict[str, Callable[[dict[str, Any]], Record]] = {
     "document": parse_document,
-    "demonstration": parse_demonstration,
-    "ranking": parse_ranking,
-    "prompt": parse_prompt,
+    "demonstration": _keeping_row(parse_demonstration),
+    "ranking": _keeping_row(parse_ranking),
+    "prompt": _keeping_row(parse_prompt),
 }

@@ -28,9 +28,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rewind(folder: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again."""
-    kept = [row for row in read(folder) if row["step"] <= step]
+def rewind(folder: Path, rows: int) -> None:
+    """Keep the first `rows` lines: a resumed run writes the later ones again."""
+    kept = read(folder)[:rows]
     path = folder / HISTORY
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def _load(auto: Any, path: str, quantization: str | None, **options: Any) -> Pre
         options["quantization_config"] = quantization_config(quantization)
     try:
         model = auto.from_pretrained(path, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"no model can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
     for module in model.modules():
         # bitsandbytes' packed CPU layout rounds the scales to bf16 and breaks on widths that are no multiple of 64.

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 KEYS = {
-    "stage", "status", "recipe", "parents", "datasets", "tokenizer_sha256", "chat_template_sha256", "code", "packages", "hardware",
+    "stage", "status", "recipe", "config", "parents", "datasets", "tokenizer_sha256", "chat_template_sha256", "code", "packages", "hardware",
     "seconds", "flops", "metrics", "started", "finished", "processes", "resumed_from", "weights_sha256", "fingerprint",
 }  # fmt: skip
 
