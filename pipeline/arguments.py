@@ -273,8 +273,17 @@ class PPOArguments(StageArguments):
 
     parent: str = key("", "folder or Hub id of the SFT model: policy and reference")
     reward: list[RewardSource] = key([], "what scores a response: models, functions, or a weighted list of both")
-    value_init: Literal["reward", "policy"] = key(
-        "reward", "value network from the reward model (S20) or from the policy's trunk"
+    roles: Literal["separate", "shared_trunk", "adapters"] = key(
+        "separate",
+        "separate: policy, reference and value are networks of their own (S20); shared_trunk: a value head on the policy "
+        "(Z19); adapters: LoRA for policy and value on one frozen base, the reference is the base",
+    )
+    lora: LoraOptions | None = key(None, "size of the adapters, for roles: adapters")
+    quantization: Literal["4bit", "8bit"] | None = key(None, "the frozen base of roles: adapters in 4 or 8 bit")
+    value_init: Literal["reward", "policy"] | None = key(
+        None,
+        "value network from the reward model (S20) or the policy's trunk with a zero head (Z19); default: reward where "
+        "the roles are separate or the reward is an adapter, else policy",
     )
     eval_datasets: list[DatasetEntry] = key([], "held-out prompts; default: held_out_fraction of datasets")
     judges: list[str] = key(
@@ -289,7 +298,21 @@ class PPOArguments(StageArguments):
     max_response_tokens: int = key(48, "sampled tokens at most, EOS included")
     temperature: float = key(1.0, "divides the logits everywhere: sampling, old, new and reference (A18)")
     stop_tokens: list[str] = key([], "further tokens that end a response, beside EOS")
-    kl_coef: float = key(0.05, "beta of the per-token KL penalty, k1 estimator (S20, N+: 0.05; I22: 0.02)")
+    kl_coef: float = key(0.05, "beta of the KL penalty to the reference (S20, N+: 0.05; I22: 0.02)")
+    kl_estimator: Literal["k1", "k2", "k3"] = key(
+        "k1", "k1: in the per-token reward (I22, Z19); k2: as a loss beside the policy's; k3 is refused (A21)"
+    )
+    kl_control: Literal["fixed", "adaptive"] = key("fixed", "adaptive: kl_coef follows kl_target (Z19, A22)")
+    kl_target: float = key(6.0, "adaptive: nats a response")
+    kl_horizon: float = key(10_000, "adaptive: episodes over which kl_coef may change by a fifth")
+    score_position: Literal["last", "after"] = key(
+        "last",
+        "the score stands at the last response token (Z19), or one after it, where the reward model reads (N+; A23)",
+    )
+    scale_scores: Literal["none", "running"] = key("none", "running: scores are divided by their running deviation")
+    score_clip: float | None = key(None, "scores (after scaling) are clipped to plus and minus this")
+    whiten_rewards: bool = key(False, "KL-shaped rewards to variance 1, their mean kept (Z19: on, N+: off; A26)")
+    whiten_advantages: bool = key(True, "advantages to mean 0 and variance 1 over all the rollout's tokens")
     missing_eos: Literal["none", "replace", "subtract"] = key(
         "replace", "what a response without a stop token gets (A20)"
     )
@@ -299,10 +322,25 @@ class PPOArguments(StageArguments):
     clip_range: float = key(0.2, "policy ratio clip")
     value_clip_range: float = key(0.2, "value clip around the old values")
     vf_coef: float = key(0.1, "factor of the value loss")
+    max_update_kl: float | None = key(
+        None, "no further epoch on a rollout once an epoch's KL from the old policy exceeds this, nats a token"
+    )
+    value_warmup_rollouts: int = key(0, "first rollouts that train the value network alone")
+    ptx_coef: float = key(
+        0.0, "factor of the language-modelling loss beside PPO's (I22's gamma: 27.8), a mean over its tokens"
+    )
+    ptx_datasets: list[DatasetEntry] = key([], "documents for ptx_coef")
+    ptx_ratio: float = key(8.0, "blocks of documents for each prompt of a minibatch (I22: 8)")
+    ptx_block_tokens: int = key(256, "tokens of one such block")
+    ema_decay: float | None = key(None, "moving average of the policy, a rollout a step, saved in ema/ (I22: 0.992)")
     learning_rate: float = key(1e-5, "policy's peak learning rate")
     value_learning_rate: float | None = key(None, "value network's; default: learning_rate")
     lr_schedule: Literal["linear", "constant", "cosine"] = key("linear", "linear: to 0 at the last rollout (A31)")
+    value_lr_schedule: Literal["linear", "constant", "cosine"] | None = key(
+        None, "value network's; default: lr_schedule"
+    )
     warmup_rollouts: int = key(0, "rollouts of linear warm-up")
+    warmup_from: float = key(0.0, "share of the peak that the warm-up starts from (I22: 0.1)")
     adam_beta2: float = key(0.95, "Adam's second beta (I22)")
     adam_epsilon: float = key(1e-5, "Adam's epsilon (Z19, N+)")
     max_grad_norm: float = key(1.0, "clip of each network's gradient norm")
@@ -312,6 +350,13 @@ class PPOArguments(StageArguments):
         None, "rollouts between two evaluations on held-out prompts; default: only at the end"
     )
     eval_prompts: int = key(64, "held-out prompts answered at an evaluation")
+    best_metric: str | None = key(
+        None, "evaluation figure whose best rollout is kept (score, a judge's name, score_<part>); default: the last"
+    )
+    patience: int | None = key(None, "evaluations without a new best_metric before the run ends")
+    stop_kl: float | None = key(
+        None, "an evaluation at more than this KL from the reference, nats a response, ends the run"
+    )
     logging_steps: int = key(1, "rollouts between two logged lines")
     save_steps: int = key(10, "rollouts between two resumable checkpoints")
 
@@ -329,6 +374,18 @@ class PPOArguments(StageArguments):
         "clip_range": (1e-6, 100),
         "value_clip_range": (1e-6, 1e9),
         "vf_coef": (0, 1e6),
+        "kl_target": (1e-9, 1e9),
+        "kl_horizon": (1, 1e15),
+        "score_clip": (1e-9, 1e9),
+        "max_update_kl": (0, 1e9),
+        "value_warmup_rollouts": (0, 1e9),
+        "ptx_coef": (0, 1e6),
+        "ptx_ratio": (1e-3, 1e4),
+        "ptx_block_tokens": (8, 1e7),
+        "ema_decay": (0, 0.999999),
+        "warmup_from": (0, 1),
+        "patience": (1, 1e6),
+        "stop_kl": (0, 1e9),
         "learning_rate": (0, 10),
         "value_learning_rate": (0, 10),
         "warmup_rollouts": (0, 1e9),
@@ -351,8 +408,29 @@ class PPOArguments(StageArguments):
             raise ValueError(
                 f"minibatches ({self.minibatches}) must divide prompts_per_rollout ({self.prompts_per_rollout})"
             )
+        if self.kl_estimator == "k3":
+            raise ValueError(
+                "kl_estimator: k3 inside the reward has the gradient of another divergence: on a bandit it ends at a total "
+                "variation of 0.41 from the optimum, then diverges; use k1 (in the reward) or k2 (as a loss)"
+            )
+        if bool(self.ptx_coef) != bool(self.ptx_datasets):
+            raise ValueError("ptx_coef and ptx_datasets go together: a factor above 0 and documents to train on")
+        if (self.roles == "adapters") != (self.lora is not None):
+            raise ValueError("`roles: adapters` and `lora:` go together, e.g. lora: {r: 16, alpha: 32}")
+        if self.quantization and self.roles != "adapters":
+            raise ValueError("quantization needs `roles: adapters`; 4-/8-bit weights are frozen")
+        if (self.best_metric or self.stop_kl is not None) and self.eval_rollouts is None:
+            raise ValueError("best_metric and stop_kl look at evaluations; say `eval_rollouts:`")
+        if self.patience and not self.best_metric:
+            raise ValueError("patience counts evaluations without a new best; say `best_metric:`")
+        if self.value_warmup_rollouts >= self.total_rollouts:
+            raise ValueError("value_warmup_rollouts leaves no rollout for the policy; raise total_rollouts")
         if self.value_init == "reward" and not any(source.model for source in self.reward):
             raise ValueError("value_init: reward needs a reward model; with functions only, say `value_init: policy`")
+        if self.value_init == "reward" and self.roles == "shared_trunk":
+            raise ValueError(
+                "value_init: reward needs a value network of its own; shared_trunk starts from a zero head"
+            )
 
 
 STAGES: dict[str, type[StageArguments]] = {

@@ -4,99 +4,138 @@
 
 One rollout: sample a response to each prompt → score it → log-probabilities of policy and reference, values → rewards
 shaped by KL → advantages → `ppo_epochs` × `minibatches` optimizer steps of policy and value → log → save.
-Every process holds the whole rollout and takes its rows of each minibatch, so statistics are global by construction.
+Every process holds the whole rollout and takes its rows of each minibatch, so statistics are global by construction;
+gradients are sums over tokens, added over processes before each step.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.algorithms.kl import k1, k3
-from pipeline.algorithms.masking import masked_sum, whiten
-from pipeline.algorithms.ppo import compute_gae, missing_eos_scores, policy_losses, shape_rewards, value_losses
+from pipeline.algorithms.kl import adapt_kl_coef, k2, k3
+from pipeline.algorithms.masking import masked_sum
+from pipeline.algorithms.ppo import RunningMoments, missing_eos_scores, policy_losses, value_losses
 from pipeline.algorithms.schedules import lr_factor
 from pipeline.arguments import PPOArguments
-from pipeline.checkpoints import Parent, tokenizer_hashes, verify_parent, write_json, writing
-from pipeline.data.collators import right_pad
-from pipeline.data.encoding import ChatEncoder, forbidden_ids
+from pipeline.checkpoints import Parent, read_lineage, tokenizer_hashes, verify_parent, write_json, writing
+from pipeline.data.collators import BlockCollator, right_pad
+from pipeline.data.encoding import IGNORE, ChatEncoder, document_ids, forbidden_ids
+from pipeline.data.packing import Block, pack_documents
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError, shorten
 from pipeline.metrics import history
-from pipeline.models.loading import disable_dropout, load_causal_lm, load_tokenizer, require_pad, resolve_precision
-from pipeline.models.roles import PolicyModel
-from pipeline.models.scalar_head import ValueModel, init_head, load_scalar_model
-from pipeline.rollout import Rollout, generate, row_uniforms
-from pipeline.scoring import Scorer, build_scorer, call_function, identity, import_function, judge_labels, source_sha256
+from pipeline.models.adapters import read_adapter
+from pipeline.models.loading import (
+    load_causal_lm,
+    load_tokenizer,
+    refuse_beyond_context,
+    require_pad,
+    resolve_precision,
+)
+from pipeline.models.roles import AdapterRoles, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
+from pipeline.models.scalar_head import load_scalar_model
+from pipeline.rollout import (
+    LocalEngine,
+    Rollout,
+    Shaping,
+    assemble,
+    response_mask_of,
+    rollout_figures,
+    row_uniforms,
+)
+from pipeline.scoring import (
+    Scorer,
+    build_scorer,
+    call_function,
+    identity,
+    import_function,
+    judge_labels,
+    source_sha256,
+)
 from pipeline.stage import Run, launch
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 logger = logging.getLogger("pipeline.ppo")  # __name__ is __main__ under accelerate launch
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 EVALUATION = 2**31  # seeds of evaluation samples lie apart from those of training
+BEST = "best.pt"
+POLICY_FIGURES = ("policy_loss", "clip_fraction", "entropy", "ratio", "update_kl")
+VALUE_FIGURES = ("value_loss", "value_clip_fraction")
+SHOWN = 3  # sample answers in the log at an evaluation
 
 
 @dataclass
 class State:
     """What a checkpoint keeps beside tensors."""
 
+    kl_coef: float
     rollout: int = 0
     policy_steps: int = 0
     value_steps: int = 0
     flops: float = 0.0
+    moments: RunningMoments = field(default_factory=RunningMoments)
+    best: float | None = None
+    best_rollout: int | None = None
+    evaluations_since_best: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> State:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**values, "moments": RunningMoments(**values["moments"])})
 
 
 def main(run: Run[PPOArguments]) -> None:
     args = run.args
-    bf16 = resolve_precision(args.precision)
-    # Buffers never change; broadcasting them would come in another order on a rank with more micro-batches.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(
-        mixed_precision="no",
-        log_with=args.trackers or None,
-        cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[ddp],
-    )
+    accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=not torch.cuda.is_available())
     refuse_backend(accelerator, args)
     parent = verify_parent(args.parent, ("sft", "ppo"))
+    reward_parents = [verify_parent(source.model, ("reward",)) for source in args.reward if source.model is not None]
     sources = read_sources(args.datasets, "prompt", args.data_root)
     eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root)
-
+    ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root)
     tokenizer = load_tokenizer(parent.path)
     parent.refuse_other_tokenizer(tokenizer)
     require_pad(tokenizer, args.parent)
     encoder = ChatEncoder(tokenizer)
-    scorer = build_scorer(args.reward, encoder, accelerator.device)
     judges = [(label, name, import_function(name)) for label, name in judge_labels(args.judges).items()]
-    value_parent = next((part.parent for part in scorer.parts if part.parent), None)
+    refuse_metric(args, [label for label, _, _ in judges])
     run.output.inputs = {
         "parent": parent.weights_sha256,
         "tokenizer": tokenizer_hashes(tokenizer),
         "reward": identity(args.reward),
         "judges": [source_sha256(function) for _, _, function in judges],
-        "data": fingerprint([*sources, *eval_sources]),
+        "data": fingerprint([*sources, *eval_sources, *ptx_sources]),
     }
     if run.already_done():
         return
 
     train_prompts, eval_prompts = prompts(sources, eval_sources, encoder, args)
+    blocks = [b for s in ptx_sources for b in ptx_blocks(s, encoder, args)]
     checkpoint = run.output.resumable()
-    state = State(**json.loads((checkpoint / "state.json").read_text())) if checkpoint else State()
+    state = State.read(checkpoint / "state.json") if checkpoint else State(args.kl_coef)
     set_seed(args.seed)
-    loop = Loop(run, args, accelerator, bf16, encoder, scorer, judges, parent, value_parent, checkpoint, state)
+    roles = build_roles(args, parent, reward_parents, encoder, accelerator.device)
+    loaded = {roles.reward_path: roles.reward} if isinstance(roles, AdapterRoles) and roles.reward else {}
+    scorer = build_scorer(args.reward, encoder, accelerator.device, loaded)
+    loop = Loop(run, accelerator, roles, encoder, scorer, judges, blocks, state)
+    if checkpoint:
+        loop.load(checkpoint)
     resumed = run.begin(checkpoint)
     if args.trackers:
         accelerator.init_trackers(
@@ -108,50 +147,62 @@ def main(run: Run[PPOArguments]) -> None:
     bar = tqdm(
         total=args.total_rollouts, initial=state.rollout, desc="ppo", unit="rollout", disable=not run.show_progress
     )
+    ended = None
     if args.eval_rollouts and state.rollout == 0:  # where every curve starts: policy = reference
-        log(run, accelerator, 0, loop.evaluate(eval_prompts[: args.eval_prompts])[0])
-    while state.rollout < args.total_rollouts:
+        figures, ended = loop.evaluation(eval_prompts[: args.eval_prompts])
+        log(run, accelerator, 0, figures)
+    while state.rollout < args.total_rollouts and ended is None:
         start = time.perf_counter()
         records = prompt_batch(train_prompts, state.rollout, args)
         rollout, figures = loop.collect(records, args.seed, state.rollout)
-        figures |= loop.update(rollout)
+        figures |= loop.update(rollout, figures["kl"])
         state.rollout += 1
         figures["seconds"] = time.perf_counter() - start
         figures["episodes_per_second"] = args.prompts_per_rollout / figures["seconds"]
+        figures["response_tokens_per_second"] = rollout.response_mask.sum().item() / figures["seconds"]
         evaluated = args.eval_rollouts is not None and state.rollout % args.eval_rollouts == 0
         if evaluated:
-            figures |= loop.evaluate(eval_prompts[: args.eval_prompts])[0]
+            found, ended = loop.evaluation(eval_prompts[: args.eval_prompts])
+            figures |= found
         if evaluated or state.rollout % args.logging_steps == 0 or state.rollout == args.total_rollouts:
             log(run, accelerator, state.rollout, figures)
         bar.update()
         stop = run.interrupted()
         if state.rollout % args.save_steps == 0 and state.rollout < args.total_rollouts:
-            loop.save(state)
+            loop.save()
         if stop:  # the last boundary checkpoint is what the next start resumes from
             run.leave_interrupted()
 
     bar.close()
+    if ended:
+        logger.info("ppo: ended at rollout %d: %s", state.rollout, ended)
+    loop.take_best()
     metrics, samples = loop.evaluate(eval_prompts)
-    metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
-    metrics |= {
+    results: dict[str, Any] = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+    results |= {
         "rollouts": state.rollout,
         "episodes": state.rollout * args.prompts_per_rollout,
         "policy_steps": state.policy_steps,
         "value_steps": state.value_steps,
-        "kl_coef": args.kl_coef,
+        "kl_coef": state.kl_coef,
     }
+    if state.best_rollout is not None:
+        results |= {"best_rollout": state.best_rollout, "best_" + str(args.best_metric): state.best}
+    if ended:
+        results["ended"] = ended
     if run.is_main:
         loop.save_final(Path(args.output_dir))
         write_json(Path(args.output_dir) / "samples.json", samples)
     run.finish(
-        parents=[parent.record(), *(part.parent.record() for part in scorer.parts if part.parent)],
-        datasets=[s.provenance() for s in [*sources, *eval_sources]],
+        parents=[parent.record(), *(reward.record() for reward in reward_parents)],
+        datasets=[s.provenance() for s in [*sources, *eval_sources, *ptx_sources]],
         tokenizer=tokenizer,
-        metrics=metrics,
+        metrics=results,
         flops=state.flops,
         resumed_from=resumed,
-        summary=f"held-out reward {metrics['score']:.3f} (SFT {metrics['reference_score']:.3f}) at a KL of {metrics['kl']:.2f} nats, "
-        f"{metrics['response_tokens']:.1f} tokens a response, {metrics['stopped']:.0%} stopped",
+        summary=f"held-out reward {results['score']:.3f} (SFT {results['reference_score']:.3f}) at a KL of {results['kl']:.2f} nats, "
+        f"{results['response_tokens']:.1f} tokens a response, {results['stopped']:.0%} stopped"
+        + (f", best at rollout {state.best_rollout}" if state.best_rollout is not None else ""),
     )
     accelerator.end_training()  # last: it also ends the process group
 
@@ -207,17 +258,41 @@ def prompts(
     return kept[0], kept[1]
 
 
-def prompt_batch(records: list[Record], rollout: int, args: PPOArguments) -> list[Record]:
-    """The prompts of one rollout: seeded permutations of all prompts end to end, a function of the rollout's number alone."""
-    batch, first = [], rollout * args.prompts_per_rollout
+def refuse_metric(args: PPOArguments, judges: list[str]) -> None:
+    """`best_metric` names what evaluations will measure, or the run ends before it starts."""
+    models = [source for source in args.reward if source.model is not None]
+    parts = [s.function if s.model is None else "reward_model" if len(models) == 1 else s.model for s in args.reward]
+    known = ["score", *judges, *(f"score_{part}" for part in parts)]
+    if args.best_metric is not None and args.best_metric not in known:
+        raise UserError(f"best_metric: no evaluation measures {args.best_metric!r}; one of {', '.join(known)}")
+
+
+def ptx_blocks(source: Source, encoder: ChatEncoder, args: PPOArguments) -> list[Block]:
+    """Documents packed for the language-modelling loss beside PPO's (A33)."""
+    texts = [record["text"] for record in source.records]
+    return pack_documents(document_ids(encoder.tokenizer, texts), args.ptx_block_tokens)
+
+
+def seeded_order(seed: int, count: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def endless(count: int, first: int, number: int, seed: int) -> list[int]:
+    """Positions `first` to `first + number` of seeded permutations of `count` items end to end."""
     orders: dict[int, list[int]] = {}
-    for position in range(first, first + args.prompts_per_rollout):
-        epoch, index = divmod(position, len(records))
+    picked = []
+    for position in range(first, first + number):
+        epoch, index = divmod(position, count)
         if epoch not in orders:
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            orders[epoch] = torch.randperm(len(records), generator=generator).tolist()
-        batch.append(records[orders[epoch][index]])
-    return batch
+            orders[epoch] = seeded_order(seed * 1_000_003 + epoch, count)
+        picked.append(orders[epoch][index])
+    return picked
+
+
+def prompt_batch(records: list[Record], rollout: int, args: PPOArguments) -> list[Record]:
+    """The prompts of one rollout: a function of the rollout's number alone."""
+    n = args.prompts_per_rollout
+    return [records[i] for i in endless(len(records), rollout * n, n, args.seed)]
 
 
 def microbatches(lengths: list[int], rows: list[int], max_tokens: int) -> list[list[int]]:
@@ -231,97 +306,135 @@ def microbatches(lengths: list[int], rows: list[int], max_tokens: int) -> list[l
     return groups
 
 
+def build_roles(
+    args: PPOArguments, parent: Parent, rewards: list[Parent], encoder: ChatEncoder, device: torch.device
+) -> Roles:
+    """The networks of the recipe's `roles:`, checked against the recipe's lengths and stop tokens."""
+    stop_ids = stop_token_ids(args, encoder)
+    bf16 = resolve_precision(args.precision)
+
+    def wrap(model: Any) -> PolicyModel:
+        never = forbidden_ids(encoder.tokenizer, model.get_output_embeddings().weight.shape[0])
+        forbidden = [token for token in never if token not in stop_ids]  # a special token may be a stop token
+        return PolicyModel(model, args.temperature, forbidden).to(device)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    policy = load_causal_lm(parent.path, args.quantization)
+    tokens = args.max_prompt_tokens + args.max_response_tokens
+    refuse_beyond_context(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
+    roles: Roles
+    if args.roles == "adapters":
+        adapter = next((reward for reward in rewards if read_adapter(reward.path)), None)
+        if adapter:
+            refuse_other_base(adapter, parent)
+        init = args.value_init != "policy" and adapter is not None
+        if args.value_init == "reward" and not init:
+            raise UserError("value_init: reward with `roles: adapters` needs a reward model trained with `lora:`")
+        roles = AdapterRoles(
+            policy, args.lora, wrap, autocast, parent.path, adapter.path if adapter else None, init
+        ).to(device)
+    elif args.roles == "shared_trunk":
+        roles = SharedTrunkRoles(policy, load_causal_lm(parent.path), wrap, autocast)
+        roles.head.to(device)
+    else:
+        value = load_value(args, parent, rewards, encoder)
+        roles = SeparateRoles(policy, load_causal_lm(parent.path), value, wrap, autocast)
+        roles.value.to(device)
+    roles.policy.refuse_transformed_logits()
+    return roles
+
+
+def refuse_other_base(reward: Parent, policy: Parent) -> None:
+    """A reward adapter belongs to the base that it was trained on."""
+    lineage = read_lineage(Path(reward.path)) or {}
+    bases = [base.get("weights_sha256") for base in lineage.get("parents", [])]
+    if policy.weights_sha256 not in bases:
+        raise UserError(
+            f"roles: adapters: the reward adapter in {reward.path!r} was trained on another base than the policy "
+            f"{policy.path!r}; train the reward from that parent, or say `roles: separate`"
+        )
+
+
+def load_value(args: PPOArguments, parent: Parent, rewards: list[Parent], encoder: ChatEncoder) -> Any:
+    """A value network: the reward model's copy (S20), or the policy's trunk with a zero head (Z19)."""
+    if args.value_init != "policy" and rewards:
+        same = tokenizer_hashes(load_tokenizer(rewards[0].path))[0] == tokenizer_hashes(encoder.tokenizer)[0]
+        if same:
+            return load_scalar_model(rewards[0].path)
+        if args.value_init == "reward":
+            raise UserError(
+                "value_init: reward needs the policy's tokenizer, the reward model has another; say `value_init: policy`"
+            )
+        logger.info("ppo: the reward model has another tokenizer; the value network starts from the policy")
+    return zero_value(parent.path, encoder.tokenizer.pad_token_id, args.seed)
+
+
+def stop_token_ids(args: PPOArguments, encoder: ChatEncoder) -> list[int]:
+    return [encoder.eos_id, *(_token_id(encoder, token) for token in args.stop_tokens)]
+
+
 class Loop:
-    """The four roles, two optimizers, and what one rollout does with them."""
+    """What one rollout does with roles, scores and two optimizers; evaluation and state."""
 
     def __init__(
         self,
         run: Run[PPOArguments],
-        args: PPOArguments,
         accelerator: Accelerator,
-        bf16: bool,
+        roles: Roles,
         encoder: ChatEncoder,
         scorer: Scorer,
         judges: list[tuple[str, str, Any]],
-        parent: Parent,
-        value_parent: Parent | None,
-        checkpoint: Path | None,
+        blocks: list[Block],
         state: State,
     ):
-        self.run, self.args, self.accelerator, self.bf16 = run, args, accelerator, bf16
-        self.encoder, self.scorer, self.judges, self.state = encoder, scorer, judges, state
-        policy = load_causal_lm(str(checkpoint / "policy") if checkpoint else parent.path)
-        reference = load_causal_lm(parent.path)
-        limit = policy.config.get_text_config()
-        self.stop_ids = [encoder.eos_id, *(_token_id(encoder, token) for token in args.stop_tokens)]
-        never = forbidden_ids(encoder.tokenizer, policy.get_output_embeddings().weight.shape[0])
-        self.forbidden = [token for token in never if token not in self.stop_ids]  # a special token may be a stop token
-        context = getattr(limit, "max_position_embeddings", None)
-        if context is not None and args.max_prompt_tokens + args.max_response_tokens > context:
-            raise UserError(
-                f"max_prompt_tokens + max_response_tokens ({args.max_prompt_tokens} + {args.max_response_tokens}) "
-                f"exceed the model's context of {context}"
-            )
-        value = load_value(args, parent, value_parent, checkpoint, encoder)
-        for model in (policy, reference, value):
-            disable_dropout(model)
-        self.reference = (
-            PolicyModel(reference, args.temperature, self.forbidden).to(accelerator.device).eval().requires_grad_(False)
+        self.run, self.args, self.accelerator, self.roles = run, run.args, accelerator, roles
+        self.encoder, self.scorer, self.judges, self.blocks, self.state = encoder, scorer, judges, blocks, state
+        args = self.args
+        self.stop_ids = stop_token_ids(args, encoder)
+        self.engine = LocalEngine(
+            args.max_response_tokens,
+            self.stop_ids,
+            encoder.tokenizer.pad_token_id,
+            roles.policy.forbidden.tolist(),
+            args.temperature,
+            args.generation_rows,
         )
-        self.reference.refuse_transformed_logits()
-        policy_model, value_model = PolicyModel(policy, args.temperature, self.forbidden), ValueModel(value)
         adam: dict[str, Any] = {"betas": (0.9, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": 0.0}
         value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         self.peaks = {"policy": args.learning_rate, "value": value_lr}
-        policy_optimizer = torch.optim.AdamW(policy_model.parameters(), lr=args.learning_rate, **adam)
-        value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=value_lr, **adam)
-        self.policy, self.value, self.policy_optimizer, self.value_optimizer = accelerator.prepare(
-            policy_model.train(), value_model.train(), policy_optimizer, value_optimizer
-        )
-        if checkpoint:
-            saved = torch.load(checkpoint / "optimizers.pt", map_location="cpu", weights_only=True)
-            self.policy_optimizer.load_state_dict(saved["policy"])
-            self.value_optimizer.load_state_dict(saved["value"])
-            if len(saved["random"]) == run.processes:
-                torch.set_rng_state(saved["random"][run.rank])
-        self.parameters = {
-            "policy": policy.num_parameters(exclude_embeddings=True),
-            "value": value.num_parameters(exclude_embeddings=True),
+        self.schedules = {"policy": args.lr_schedule, "value": args.value_lr_schedule or args.lr_schedule}
+        self.optimizers = {
+            name: torch.optim.AdamW(parameters, lr=self.peaks[name], **adam)
+            for name, parameters in roles.trained.items()
         }
+        self.ema = [p.detach().clone() for p in roles.trained["policy"]] if args.ema_decay is not None else None
+        self.reference_answers: dict[int, list[dict[str, Any]]] = {}
 
     # ------------------------------------------------------------------------------------------ rollout
 
     def collect(self, records: list[Record], seed: int, number: int) -> tuple[Rollout, dict[str, float]]:
         """Sample, score and prepare one rollout; every process gets the whole of it."""
-        args = self.args
         start = time.perf_counter()
-        uniforms = row_uniforms(seed * 1_000_003 + number, range(len(records)), args.max_response_tokens)
+        uniforms = row_uniforms(seed * 1_000_003 + number, range(len(records)), self.args.max_response_tokens)
         mine = list(range(len(records)))[self.run.rank :: self.run.processes]
-        responses = self.sample(self.accelerator.unwrap_model(self.policy).model, records, mine, uniforms)
+        responses = self.sample("policy", records, mine, uniforms)
         generated = time.perf_counter()
         answers = self.run.gather(lambda: self.answers(records, mine, responses, with_values=True))
-        whole = sorted(answers, key=lambda answer: answer["row"])
-        rollout = self.assemble(records, whole)
-        figures = self.rollout_figures(rollout, whole)
+        answers.sort(key=lambda answer: answer["row"])
+        rollout = self.assemble(records, answers)
+        figures = {"score": self.scores(answers).mean().item(), **rollout_figures(rollout)}
+        for name in answers[0]["parts"]:
+            figures[f"score_{name}"] = sum(a["parts"][name] for a in answers) / len(answers)
         figures |= {"seconds_generate": generated - start, "seconds_score": time.perf_counter() - generated}
         return rollout, figures
 
-    def sample(self, model: Any, records: list[Record], rows: list[int], uniforms: Tensor) -> list[list[int]]:
-        responses: list[list[int]] = []
-        with self.autocast():
-            for start in range(0, len(rows), self.args.generation_rows):
-                part = rows[start : start + self.args.generation_rows]
-                responses += generate(
-                    model,
-                    [records[i]["ids"] for i in part],
-                    uniforms[part],
-                    max_new_tokens=self.args.max_response_tokens,
-                    stop_ids=self.stop_ids,
-                    pad_id=self.encoder.tokenizer.pad_token_id,
-                    forbidden=self.forbidden,
-                    temperature=self.args.temperature,
-                )
-        return responses
+    def sample(self, role: str, records: list[Record], rows: list[int], uniforms: Tensor) -> list[list[int]]:
+        if not rows:
+            return []
+        with self.roles.autocast(), self.roles.sampler(role) as model:
+            return self.engine.responses(model, [records[i]["ids"] for i in rows], uniforms[rows])
 
     @torch.no_grad()
     def answers(
@@ -331,7 +444,7 @@ class Loop:
         if not rows:
             return []
         mine = [records[i] for i in rows]
-        with self.autocast():
+        with self.roles.autocast():
             scored = self.scorer(
                 [r["prompt"] for r in mine], [r["ids"] for r in mine], responses, [r["row"] for r in mine]
             )
@@ -345,202 +458,293 @@ class Loop:
             for i, (row, response) in enumerate(zip(rows, responses, strict=True))
         ]
         lengths = [len(r["ids"]) + len(a) for r, a in zip(mine, responses, strict=True)]
+        extra = self.args.score_position == "after"
         for group in microbatches(lengths, list(range(len(rows))), 4 * self.args.micro_batch_tokens):
             batch = self.tensors([mine[i]["ids"] for i in group], [responses[i] for i in group])
-            with self.autocast():
-                logprobs, _ = self.accelerator.unwrap_model(self.policy)(**batch)
-                ref_logprobs, _ = self.reference(**batch)
-                values = (
-                    self.accelerator.unwrap_model(self.value)(batch["input_ids"], batch["positions"])
-                    if with_values
-                    else logprobs
-                )
+            found = {name: values.tolist() for name, values in self.roles.measure(batch, with_values).items()}
             for k, i in enumerate(group):
                 n = len(responses[i])
-                answers[i] |= {
-                    "logprobs": logprobs[k, :n].tolist(),
-                    "ref_logprobs": ref_logprobs[k, :n].tolist(),
-                    "values": values[k, :n].tolist(),
-                }
-        tokens = sum(lengths)
-        self.state.flops += (
-            2.0 * tokens * self.run.processes * (2 * self.parameters["policy"] + self.parameters["value"])
-        )
+                answers[i] |= {name: rows[k][: n + int(extra and name == "values")] for name, rows in found.items()}
+        size = self.roles.parameters
+        self.state.flops += 2.0 * sum(lengths) * self.run.processes * sum(size.values())
         return answers
 
     def assemble(self, records: list[Record], answers: list[dict[str, Any]]) -> Rollout:
-        """Tensors of the whole rollout, KL-shaped rewards, and advantages whitened over all its tokens."""
+        """The rollout's tensors, its scores as they are trained, rewards and advantages."""
         args = self.args
-        responses = [a["response"] for a in answers]
-        mask = torch.zeros(len(answers), max(map(len, responses)), dtype=torch.bool)
-        tensors = {name: torch.zeros(mask.shape) for name in ("logprobs", "ref_logprobs", "values")}
+        responses = [answer["response"] for answer in answers]
+        shape = response_mask_of(responses, args.score_position).shape
+        tensors = {name: torch.zeros(shape) for name in ("logprobs", "ref_logprobs", "values")}
         for i, answer in enumerate(answers):
-            n = len(answer["response"])
-            mask[i, :n] = True
             for name, tensor in tensors.items():
-                tensor[i, :n] = torch.tensor(answer[name])
+                tensor[i, : len(answer[name])] = torch.tensor(answer[name])
         scores = self.scores(answers)
-        rewards = shape_rewards(scores, tensors["logprobs"], tensors["ref_logprobs"], mask, args.kl_coef)
-        advantages, returns = compute_gae(rewards, tensors["values"], mask, args.gamma, args.gae_lambda)
-        return Rollout(
-            [r["ids"] for r in records],
-            responses,
-            self.stopped(answers),
-            scores,
-            mask,
-            **tensors,
-            rewards=rewards,
-            advantages=whiten(advantages, mask),
-            returns=returns,
+        if args.scale_scores == "running":
+            self.state.moments.update(scores)
+            scores = scores / self.state.moments.std
+        if args.score_clip is not None:
+            scores = scores.clamp(-args.score_clip, args.score_clip)
+        shaping = Shaping(
+            self.state.kl_coef,
+            args.kl_estimator,
+            args.score_position,
+            args.whiten_rewards,
+            args.whiten_advantages,
+            args.gamma,
+            args.gae_lambda,
+        )
+        return assemble(
+            [r["ids"] for r in records], responses, self.stopped(answers), scores, **tensors, shaping=shaping
         )
 
     def stopped(self, answers: list[dict[str, Any]]) -> Tensor:
         return torch.tensor([answer["response"][-1] in self.stop_ids for answer in answers])
 
     def scores(self, answers: list[dict[str, Any]]) -> Tensor:
-        """(answers,) scores after the rule for responses without a stop token: what is trained and what is reported."""
+        """(answers,) scores after the rule for responses without a stop token, in the reward's own units."""
         raw = torch.tensor([answer["score"] for answer in answers])
         return missing_eos_scores(raw, self.stopped(answers), self.args.missing_eos, self.args.missing_eos_score)
 
-    def rollout_figures(self, rollout: Rollout, answers: list[dict[str, Any]]) -> dict[str, float]:
-        mask = rollout.response_mask
-        kl_tokens = k1(rollout.logprobs, rollout.ref_logprobs)
-        residual = torch.where(mask, rollout.returns - rollout.values, 0.0)[mask]
-        spread = rollout.returns[mask].var()
-        figures = {
-            "score": rollout.scores.mean().item(),
-            "reward": rollout.rewards.sum(1).mean().item(),
-            "kl": torch.where(mask, kl_tokens, 0.0).sum(1).mean().item(),
-            "kl_k3": torch.where(mask, k3(rollout.logprobs, rollout.ref_logprobs), 0.0).sum(1).mean().item(),
-            "response_tokens": mask.sum(1).float().mean().item(),
-            "stopped": rollout.stopped.float().mean().item(),
-            "value_explained_variance": (1 - residual.var() / spread).item() if spread > 0 else 0.0,
-        }
-        for name in answers[0]["parts"]:
-            figures[f"score_{name}"] = sum(a["parts"][name] for a in answers) / len(answers)
-        return figures
-
     # ------------------------------------------------------------------------------------------ update
 
-    def update(self, rollout: Rollout) -> dict[str, float]:
-        """`ppo_epochs` × `minibatches` steps of each network on one rollout."""
-        args, start = self.args, time.perf_counter()
-        factor = lr_factor(self.state.rollout, args.total_rollouts, args.lr_schedule, args.warmup_rollouts)
-        for optimizer, name in ((self.policy_optimizer, "policy"), (self.value_optimizer, "value")):
+    def update(self, rollout: Rollout, kl: float) -> dict[str, float]:
+        """`ppo_epochs` × `minibatches` steps of each network on one rollout.
+
+        Args:
+            kl: the rollout's KL from the reference, nats a response, which an adaptive kl_coef follows.
+        """
+        args, state, start = self.args, self.state, time.perf_counter()
+        figures = {"kl_coef": state.kl_coef}
+        for name, optimizer in self.optimizers.items():
+            factor = lr_factor(
+                state.rollout,
+                args.total_rollouts,
+                self.schedules[name],
+                args.warmup_rollouts,
+                warmup_from=args.warmup_from,
+            )
+            figures[f"{name}_lr"] = self.peaks[name] * factor
             for group in optimizer.param_groups:
                 group["lr"] = self.peaks[name] * factor
-        steps = [self.step(rollout, rows) for rows in self.minibatches(len(rollout.response_ids))]
-        figures = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
-        figures["ratio_first_minibatch"] = steps[0]["ratio_max_log"]
-        figures |= {
-            "policy_lr": self.peaks["policy"] * factor,
-            "value_lr": self.peaks["value"] * factor,
-            "seconds_update": time.perf_counter() - start,
-        }
+        train_policy = state.rollout >= args.value_warmup_rollouts
+        steps: list[dict[str, float]] = []
+        epochs = 0
+        for epoch in range(args.ppo_epochs):
+            taken = [
+                self.step(rollout, rows, train_policy) for rows in self.minibatches(len(rollout.response_ids), epoch)
+            ]
+            steps, epochs = steps + taken, epochs + 1
+            moved = sum(step["update_kl"] for step in taken) / len(taken) if train_policy else 0.0
+            if args.max_update_kl is not None and moved > args.max_update_kl:
+                break
+        figures |= {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+        figures |= {"epochs": epochs, "seconds_update": time.perf_counter() - start}
+        if train_policy:
+            figures["ratio_first_minibatch"] = steps[0]["ratio_max_log"]
+        if self.ema is not None and train_policy:
+            with torch.no_grad():
+                for average, parameter in zip(self.ema, self.roles.trained["policy"], strict=True):
+                    average.lerp_(parameter, 1 - (args.ema_decay or 0.0))
+        if args.kl_control == "adaptive" and train_policy:
+            state.kl_coef = adapt_kl_coef(state.kl_coef, kl, args.kl_target, len(rollout.response_ids), args.kl_horizon)
         return figures
 
-    def minibatches(self, rows: int) -> Iterator[list[int]]:
-        """Row numbers of each optimizer step, the same in every process."""
+    def minibatches(self, rows: int, epoch: int) -> Iterator[list[int]]:
+        """Row numbers of each optimizer step of an epoch, the same in every process."""
         size = rows // self.args.minibatches
-        for epoch in range(self.args.ppo_epochs):
-            generator = torch.Generator().manual_seed((self.args.seed * 1_000_003 + self.state.rollout) * 1_009 + epoch)
-            order = torch.randperm(rows, generator=generator).tolist()
-            for start in range(0, rows, size):
-                yield order[start : start + size]
+        order = seeded_order((self.args.seed * 1_000_003 + self.state.rollout) * 1_009 + epoch, rows)
+        for start in range(0, rows, size):
+            yield order[start : start + size]
 
-    def step(self, rollout: Rollout, rows: list[int]) -> dict[str, float]:
-        """One optimizer step of policy and value; losses are means over the minibatch's tokens in all processes."""
-        sums = self.backward(rollout, rows)
-        norms = {}
-        for name, model, optimizer in (
-            ("policy", self.policy, self.policy_optimizer),
-            ("value", self.value, self.value_optimizer),
-        ):
-            norm = nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+    def step(self, rollout: Rollout, rows: list[int], train_policy: bool) -> dict[str, float]:
+        """One optimizer step of policy and value, each clipped by its own norm."""
+        trained = ("policy", "value") if train_policy else ("value",)
+        figures = self.backward(rollout, rows, train_policy)
+        if self.blocks and train_policy:
+            figures["ptx_loss"] = self.ptx_backward(len(rows))
+        self.sum_gradients(trained)
+        if not all(map(math.isfinite, figures.values())):
+            self.refuse_nonfinite(rollout, rows, "the loss")
+        for name in trained:
+            norm = nn.utils.clip_grad_norm_(self.roles.trained[name], self.args.max_grad_norm)
             if not torch.isfinite(norm):
-                self.refuse_nonfinite(rollout, rows, name)
-            optimizer.step()
-            optimizer.zero_grad()
-            norms[f"{name}_grad_norm"] = norm.item()
-        self.state.policy_steps += 1
+                self.refuse_nonfinite(rollout, rows, f"{name}'s gradient")
+            self.optimizers[name].step()
+            self.optimizers[name].zero_grad()
+            figures[f"{name}_grad_norm"] = norm.item()
+        self.state.policy_steps += train_policy
         self.state.value_steps += 1
-        return {**sums, **norms}
+        return figures
 
-    def backward(self, rollout: Rollout, rows: list[int]) -> dict[str, float]:
-        """Accumulate the gradients of one minibatch; returns its figures, reduced over processes."""
+    def backward(self, rollout: Rollout, rows: list[int], train_policy: bool = True) -> dict[str, float]:
+        """Accumulate this process's part of one minibatch's gradients.
+
+        Losses are means over the minibatch's tokens in all processes, however it is cut into micro-batches (A28).
+
+        Returns:
+            the minibatch's figures, over all processes.
+        """
         args = self.args
-        world = self.run.processes
         tokens = rollout.response_mask[rows].sum().item()
-        mine = rows[self.run.rank :: world]
+        value_tokens = rollout.value_mask[rows].sum().item()
+        kl_loss_coef = 0.0
+        if args.kl_estimator == "k2":  # in the units that whitening gave the advantages
+            kl_loss_coef = self.state.kl_coef / ((rollout.advantage_std + 1e-8) if args.whiten_advantages else 1.0)
+        mine = rows[self.run.rank :: self.run.processes]
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-        groups = microbatches(lengths, mine, args.micro_batch_tokens)
-        totals = torch.zeros(6, dtype=torch.float64)
+        sums: dict[str, Tensor] = {}
         largest = 0.0
-        for index, group in enumerate(groups):
+        for group in microbatches(lengths, mine, args.micro_batch_tokens):
             batch = self.tensors([rollout.prompt_ids[i] for i in group], [rollout.response_ids[i] for i in group])
             width, mask = batch["tokens"].shape[1], batch["mask"]
             old = {
                 name: getattr(rollout, name)[group, :width].to(mask.device)
-                for name in ("logprobs", "values", "advantages", "returns")
+                for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns", "value_mask")
             }
-            last = index == len(groups) - 1
-            with _sync(self.accelerator, self.policy, last):
-                with self.autocast():
-                    logprobs, entropy = self.policy(**batch)
-                losses, clipped = policy_losses(logprobs, old["logprobs"], old["advantages"], args.clip_range)
-                # DDP averages over processes; the loss is a mean over the tokens of all of them.
-                self.accelerator.backward(masked_sum(losses, mask) / tokens * world)
-            with _sync(self.accelerator, self.value, last):
-                with self.autocast():
-                    values = self.value(batch["input_ids"], batch["positions"])
-                value_loss, value_clipped = value_losses(values, old["values"], old["returns"], args.value_clip_range)
-                self.accelerator.backward(args.vf_coef * masked_sum(value_loss, mask) / tokens * world)
-            with torch.no_grad():
-                log_ratio = torch.where(mask, logprobs - old["logprobs"], 0.0)
-                largest = max(largest, log_ratio.abs().max().item())
-                parts = (losses, clipped.float(), value_loss, value_clipped.float(), entropy, log_ratio.exp())
-                totals += torch.stack([masked_sum(part.double(), mask) for part in parts]).cpu()
+            for found in self.roles.passes(batch, train_policy):
+                loss = torch.zeros((), device=mask.device)
+                parts: dict[str, Tensor] = {}
+                if "logprobs" in found:
+                    logprobs = found["logprobs"]
+                    losses, clipped = policy_losses(logprobs, old["logprobs"], old["advantages"], args.clip_range)
+                    loss = loss + masked_sum(losses, mask) / tokens
+                    if kl_loss_coef:
+                        loss = loss + kl_loss_coef * masked_sum(k2(logprobs, old["ref_logprobs"]), mask) / tokens
+                    log_ratio = torch.where(mask, logprobs.detach() - old["logprobs"], 0.0)
+                    largest = max(largest, log_ratio.abs().max().item())
+                    parts |= {"policy_loss": losses, "clip_fraction": clipped, "entropy": found["entropy"]}
+                    parts |= {"ratio": log_ratio.exp(), "update_kl": k3(old["logprobs"] + log_ratio, old["logprobs"])}
+                if "values" in found:
+                    value_loss, value_clipped = value_losses(
+                        found["values"], old["values"], old["returns"], args.value_clip_range
+                    )
+                    loss = loss + args.vf_coef * masked_sum(value_loss, old["value_mask"]) / value_tokens
+                    parts |= {"value_loss": value_loss, "value_clip_fraction": value_clipped}
+                loss.backward()
+                for name, part in parts.items():
+                    counted = old["value_mask"] if name.startswith("value") else mask
+                    share = masked_sum(part.detach().double(), counted).cpu()
+                    share = share / (value_tokens if name.startswith("value") else tokens)
+                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + share
+        names = (*(POLICY_FIGURES if train_policy else ()), *VALUE_FIGURES)
+        totals = torch.stack([sums.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
         totals, largest = self.reduce(totals, largest)
-        self.state.flops += 6.0 * sum(lengths[i] for i in rows) * (self.parameters["policy"] + self.parameters["value"])
-        names = ("policy_loss", "clip_fraction", "value_loss", "value_clip_fraction", "entropy", "ratio")
-        return {**{name: (totals[k] / tokens).item() for k, name in enumerate(names)}, "ratio_max_log": largest}
+        trained = self.roles.parameters["policy"] * train_policy + self.roles.parameters["value"]
+        self.state.flops += 6.0 * sum(lengths[i] for i in rows) * trained
+        figures = dict(zip(names, totals.tolist(), strict=True))
+        return {**figures, "ratio_max_log": largest} if train_policy else figures
+
+    def ptx_backward(self, prompts: int) -> float:
+        """Gradients of ptx_coef × the mean negative log-likelihood of pretraining tokens (A33, I22), added to PPO's.
+
+        The mean is over the tokens of this step's blocks in all processes; returns it.
+        """
+        args = self.args
+        number = max(1, round(args.ptx_ratio * prompts))
+        chosen = endless(len(self.blocks), self.state.policy_steps * number, number, args.seed + 1)
+        collate = BlockCollator(self.encoder.tokenizer.pad_token_id)
+        tokens = int((collate([self.blocks[i] for i in chosen])["labels"][:, 1:] != IGNORE).sum())
+        mine = chosen[self.run.rank :: self.run.processes]
+        total = torch.zeros(1, dtype=torch.float64)
+        for group in microbatches([len(b["input_ids"]) for b in self.blocks], mine, args.micro_batch_tokens):
+            batch = {k: v.to(self.accelerator.device) for k, v in collate([self.blocks[i] for i in group]).items()}
+            with self.roles.autocast():
+                nll = self.roles.policy.text_nll(batch["input_ids"], batch["position_ids"], batch["labels"])
+            (args.ptx_coef * nll / tokens).backward()
+            total += nll.detach().double().cpu()
+        self.state.flops += 6.0 * tokens * self.roles.parameters["policy"]
+        return self.reduce(total / tokens, 0.0)[0].item()
+
+    def sum_gradients(self, trained: tuple[str, ...]) -> None:
+        """Add the gradients of all processes: losses are parts of one mean already."""
+        if self.run.processes == 1:
+            return
+        work = []
+        for name in trained:
+            for parameter in self.roles.trained[name]:
+                if parameter.grad is None:  # no row of this minibatch fell to this process
+                    parameter.grad = torch.zeros_like(parameter)
+                work.append(torch.distributed.all_reduce(parameter.grad, async_op=True))
+        for one in work:
+            one.wait()
 
     def reduce(self, totals: Tensor, largest: float) -> tuple[Tensor, float]:
+        """Sums and a maximum over processes."""
         if self.run.processes == 1:
             return totals, largest
-        gathered = self.accelerator.gather(
-            torch.cat([totals, torch.tensor([largest], dtype=torch.float64)])[None].to(self.accelerator.device)
-        ).cpu()
+        mine = torch.cat([totals, torch.tensor([largest], dtype=torch.float64)])[None]
+        gathered = self.accelerator.gather(mine.to(self.accelerator.device)).cpu()
         return gathered[:, :-1].sum(0), gathered[:, -1].max().item()
 
-    def refuse_nonfinite(self, rollout: Rollout, rows: list[int], name: str) -> None:
+    def refuse_nonfinite(self, rollout: Rollout, rows: list[int], what: str) -> None:
         path = Path(self.args.output_dir) / "nonfinite_batch.pt"
         if self.run.is_main:
             torch.save({"rows": rows, **vars(rollout)}, path)
         raise RuntimeError(
-            f"{name}'s gradient is not finite at rollout {self.state.rollout}; the rollout was saved to {path}"
+            f"{what} is not finite at rollout {self.state.rollout}; the rollout was saved to {path}, "
+            "the last checkpoint is as it was"
         )
 
     def tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> dict[str, Tensor]:
         """Right-padded inputs of a micro-batch, no longer than its longest row (see `PolicyModel.forward`)."""
-        width = max(map(len, response_ids))
+        mask = response_mask_of(response_ids, self.args.score_position)
         starts = torch.tensor([len(p) for p in prompt_ids])[:, None]
-        steps = torch.arange(width)[None]
         lengths = torch.tensor([len(r) for r in response_ids])[:, None]
+        last = lengths - int(self.args.score_position == "last")  # "after": the state at the last token has a value too
+        tokens = right_pad(response_ids, 0)
         batch = {
             "input_ids": right_pad(
                 [p + r for p, r in zip(prompt_ids, response_ids, strict=True)], self.encoder.tokenizer.pad_token_id
             ),
-            "positions": starts - 1 + torch.minimum(steps, lengths - 1),
-            "tokens": right_pad(response_ids, 0),
-            "mask": steps < lengths,
+            "positions": starts - 1 + torch.minimum(torch.arange(mask.shape[1])[None], last),
+            "tokens": nn.functional.pad(tokens, (0, mask.shape[1] - tokens.shape[1])),
+            "mask": mask,
         }
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+    # ------------------------------------------------------------------------------------------ evaluation
 
-    # ------------------------------------------------------------------------------------------ evaluation and saving
+    def evaluation(self, records: list[Record]) -> tuple[dict[str, float], str | None]:
+        """An evaluation during training: figures, samples on file and in the log, the best so far; and why to end, if so."""
+        args, state = self.args, self.state
+        figures, samples = self.evaluate(records)
+        if self.run.is_main:
+            folder = Path(args.output_dir) / "samples"
+            folder.mkdir(exist_ok=True)
+            write_json(folder / f"rollout-{state.rollout:06d}.json", samples)
+            for sample in samples[:SHOWN]:
+                logger.info(
+                    "ppo sample: %s → %s (%.2f)",
+                    shorten(sample["prompt"], 60),
+                    shorten(sample["response"], 120),
+                    sample["score"],
+                )
+        if args.best_metric is not None:
+            found = figures[f"eval_{args.best_metric}"]
+            if state.best is None or found > state.best:
+                state.best, state.best_rollout, state.evaluations_since_best = found, state.rollout, 0
+                if self.run.is_main:
+                    path = Path(args.output_dir) / BEST
+                    torch.save(self.roles.state(), path.with_suffix(".tmp"))
+                    os.replace(path.with_suffix(".tmp"), path)
+            else:
+                state.evaluations_since_best += 1
+        if args.stop_kl is not None and figures["eval_kl"] > args.stop_kl:
+            return figures, f"a KL of {figures['eval_kl']:.2f} nats exceeds stop_kl ({args.stop_kl:g})"
+        if args.patience is not None and state.evaluations_since_best >= args.patience:
+            return figures, f"{args.patience} evaluations without a better {args.best_metric}"
+        return figures, None
+
+    def take_best(self) -> None:
+        """Back to the best evaluation's networks, where the recipe asks for that."""
+        if self.state.best_rollout is None:
+            return
+        self.run.barrier()
+        path = Path(self.args.output_dir) / BEST
+        self.roles.load_state(torch.load(path, map_location="cpu", weights_only=True))
+        self.run.barrier()
+        if self.run.is_main:
+            path.unlink()
 
     def evaluate(self, records: list[Record]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Held-out prompts answered by policy and reference with the same random numbers: score, KL, length, samples."""
@@ -548,13 +752,14 @@ class Loop:
         mine = list(range(len(records)))[self.run.rank :: self.run.processes]
         flops = self.state.flops  # evaluation is no training
         found = {}
-        for name, model in (
-            ("policy", self.accelerator.unwrap_model(self.policy).model),
-            ("reference", self.reference.model),
-        ):
-            responses = self.sample(model, records, mine, uniforms) if mine else []
+        for role in ("policy", "reference"):
+            if role == "reference" and len(records) in self.reference_answers:  # it never changes
+                found[role] = self.reference_answers[len(records)]
+                continue
+            responses = self.sample(role, records, mine, uniforms)
             answers = self.run.gather(partial(self.answers, records, mine, responses, with_values=False))
-            found[name] = sorted(answers, key=lambda answer: answer["row"])
+            found[role] = sorted(answers, key=lambda answer: answer["row"])
+        self.reference_answers[len(records)] = found["reference"]
         self.state.flops = flops
         policy = found["policy"]
         n = len(policy)
@@ -588,59 +793,62 @@ class Loop:
         ]
         return metrics, samples
 
-    def save(self, state: State) -> None:
+    # ------------------------------------------------------------------------------------------ state
+
+    def save(self) -> None:
         """A resumable checkpoint at a rollout's boundary, written beside and renamed in."""
         random = gather_object([torch.get_rng_state()])
         if self.run.is_main:
-            target = self.run.output.folder / f"checkpoint-{state.rollout}"
+            target = self.run.output.folder / f"checkpoint-{self.state.rollout}"
             with writing(target) as folder:
-                self.accelerator.unwrap_model(self.policy).model.save_pretrained(folder / "policy")
-                self.accelerator.unwrap_model(self.value).model.save_pretrained(folder / "value")
-                torch.save(
-                    {
-                        "policy": self.policy_optimizer.state_dict(),
-                        "value": self.value_optimizer.state_dict(),
-                        "random": random,
-                    },
-                    folder / "optimizers.pt",
-                )
-                write_json(folder / "state.json", asdict(state))
+                tensors = {
+                    "roles": self.roles.state(),
+                    **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                    "ema": self.ema,
+                    "random": random,
+                }
+                torch.save(tensors, folder / "tensors.pt")
+                write_json(folder / "state.json", asdict(self.state))
                 self.run.output.seal(folder)
             self.run.output.prune(self.args.keep_checkpoints)
         self.run.barrier()
 
+    def load(self, checkpoint: Path) -> None:
+        saved = torch.load(checkpoint / "tensors.pt", map_location="cpu", weights_only=True)
+        self.roles.load_state(saved["roles"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved[name])
+        if self.ema is not None:
+            for average, tensor in zip(self.ema, saved["ema"], strict=True):
+                average.copy_(tensor)
+        if len(saved["random"]) == self.run.processes:
+            torch.set_rng_state(saved["random"][self.run.rank])
+
     def save_final(self, folder: Path) -> None:
-        policy = self.accelerator.unwrap_model(self.policy).model
-        policy.generation_config.update(
+        model = self.roles.policy.model
+        model.generation_config.update(
             do_sample=True,
             temperature=self.args.temperature,
             max_new_tokens=self.args.max_response_tokens,
             eos_token_id=self.stop_ids,
             pad_token_id=self.encoder.tokenizer.pad_token_id,
         )
-        policy.save_pretrained(folder)
-        self.encoder.tokenizer.save_pretrained(folder)
-        self.accelerator.unwrap_model(self.value).model.save_pretrained(folder / "value")
-        self.encoder.tokenizer.save_pretrained(folder / "value")
-
-
-def load_value(
-    args: PPOArguments, parent: Parent, value_parent: Parent | None, checkpoint: Path | None, encoder: ChatEncoder
-) -> Any:
-    """The value network: the reward model's copy (S20), or the policy's trunk with a zero head (Z19)."""
-    if checkpoint:
-        return load_scalar_model(str(checkpoint / "value"))
-    if args.value_init == "reward":
-        assert value_parent is not None
-        if tokenizer_hashes(load_tokenizer(value_parent.path))[0] != tokenizer_hashes(encoder.tokenizer)[0]:
-            raise UserError(
-                "value_init: reward needs the policy's tokenizer, the reward model has another; say `value_init: policy`"
-            )
-        return load_scalar_model(value_parent.path)
-    value = load_scalar_model(parent.path)
-    value.config.get_text_config().pad_token_id = encoder.tokenizer.pad_token_id
-    init_head(value, 0.0, args.seed)
-    return value
+        targets = [(folder, self.roles.save_policy), (folder / "value", self.roles.save_value)]
+        for target, save in targets:
+            save(target)
+            self.encoder.tokenizer.save_pretrained(target)
+        model.generation_config.save_pretrained(folder)
+        if self.ema is not None:
+            trained = self.roles.trained["policy"]
+            kept = [p.detach().clone() for p in trained]
+            with torch.no_grad():
+                for parameter, average in zip(trained, self.ema, strict=True):
+                    parameter.copy_(average)
+                self.roles.save_policy(folder / "ema")
+                for parameter, weights in zip(trained, kept, strict=True):
+                    parameter.copy_(weights)
+            self.encoder.tokenizer.save_pretrained(folder / "ema")
+            model.generation_config.save_pretrained(folder / "ema")
 
 
 def _token_id(encoder: ChatEncoder, token: str) -> int:
@@ -648,13 +856,6 @@ def _token_id(encoder: ChatEncoder, token: str) -> int:
     if len(ids) != 1:
         raise UserError(f"stop_tokens: {token!r} is {len(ids)} tokens of this tokenizer; a stop token is one")
     return int(ids[0])
-
-
-def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> Any:
-    """Gradients are exchanged once a step, at the last micro-batch (accumulate() would do so at a loader's end too)."""
-    import contextlib
-
-    return contextlib.nullcontext() if last else accelerator.no_sync(model)
 
 
 def log(run: Run[PPOArguments], accelerator: Accelerator, rollout: int, figures: dict[str, float]) -> None:

@@ -22,7 +22,7 @@ from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError
 from pipeline.metrics import WinRate, history
 from pipeline.models.loading import load_causal_lm, load_tokenizer
-from pipeline.rollout import generate, row_uniforms
+from pipeline.rollout import LocalEngine, row_uniforms
 from pipeline.scoring import build_scorer, call_function, import_from, import_function, judge_labels
 
 import numpy as np
@@ -149,20 +149,15 @@ def sample_answers(folder: Path, prompts: list[Record], ppo_recipe: dict[str, An
     limit = ppo_recipe.get("max_response_tokens", 64)
     ids = [encoder.prompt_ids(record["prompt"]) for record in prompts]
     uniforms = row_uniforms(SEED, range(len(ids)), limit)
-    forbidden = forbidden_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
-    rows = ppo_recipe.get("generation_rows", 32)
-    found: list[list[int]] = []
-    for start in range(0, len(ids), rows):
-        found += generate(
-            model,
-            ids[start : start + rows],
-            uniforms[start : start + rows],
-            max_new_tokens=limit,
-            stop_ids=[encoder.eos_id],
-            pad_id=tokenizer.pad_token_id,
-            forbidden=forbidden,
-            temperature=ppo_recipe.get("temperature", 1.0),
-        )
+    engine = LocalEngine(
+        limit,
+        [encoder.eos_id],
+        tokenizer.pad_token_id,
+        forbidden_ids(tokenizer, model.get_output_embeddings().weight.shape[0]),
+        ppo_recipe.get("temperature", 1.0),
+        ppo_recipe.get("generation_rows", 64),
+    )
+    found = engine.responses(model, ids, uniforms)
     return Answers(encoder, ids, found, encoder.texts(found))
 
 

@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.metrics import PairAccuracy
 from pipeline.models.adapters import lora_config, save_merged
 from pipeline.models.loading import assign_pad, disable_dropout, load_tokenizer, refuse_beyond_context
-from pipeline.models.scalar_head import OFFSET, init_head, load_scalar_model, score_ids
+from pipeline.models.scalar_head import init_head, load_scalar_model, score_ids, set_offset
 from pipeline.scoring import call_function, import_function, source_sha256
 from pipeline.stage import Run, launch, refuse_sharded
 from pipeline.training import (
@@ -120,7 +120,7 @@ def main(run: Run[RewardArguments]) -> None:
     final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
     offset = _demonstration_mean(final, encoder, demonstrations, args, run)
     if run.is_main:
-        setattr(final.config, OFFSET, offset)
+        set_offset(final, offset)
         final.config.save_pretrained(args.output_dir)
         metrics = measure(final, tokenizer.pad_token_id, eval_rows, outsider_rows, truth, args.truth)
         metrics |= {
@@ -285,7 +285,7 @@ def _demonstration_mean(
     if not rows:
         logger.warning("reward: no demonstrations to centre scores on (`center_on:`); the offset is 0")
         return 0.0
-    setattr(model.config, OFFSET, 0.0)
+    set_offset(model, 0.0)
     return float(score_ids(model, rows, encoder.tokenizer.pad_token_id).double().mean())
 
 

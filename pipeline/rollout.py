@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from pipeline.algorithms.kl import k1, k3
 from pipeline.algorithms.logprobs import sample_tokens, tempered_logits
+from pipeline.algorithms.masking import masked_mean, whiten
+from pipeline.algorithms.ppo import compute_gae, shape_rewards, value_mask_of
 from pipeline.data.encoding import forbidden_ids
 
 import torch
@@ -18,9 +21,11 @@ class Rollout:
     """One rollout of the whole batch, the same in every process; tensors on the CPU.
 
     prompt_ids, response_ids: lists of token lists, the response through its stop token.
-    stopped: (batch,) bool. scores: (batch,) after the missing-EOS rule.
-    logprobs, ref_logprobs, values, rewards, advantages, returns: (batch, longest response) fp32.
-    response_mask: (batch, longest response) bool.
+    stopped: (batch,) bool. scores: (batch,) as trained: after the missing-EOS rule, scaling and clipping.
+    logprobs, ref_logprobs, values, rewards, advantages, returns: (batch, width) fp32; width is the longest response, and
+        one more where the score stands after it.
+    response_mask, value_mask: (batch, width) bool; where tokens are, and where values and rewards are.
+    advantage_mean, advantage_std: of the advantages before whitening.
     """
 
     prompt_ids: list[list[int]]
@@ -28,12 +33,140 @@ class Rollout:
     stopped: Tensor
     scores: Tensor
     response_mask: Tensor
+    value_mask: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    advantage_mean: float
+    advantage_std: float
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How scores become advantages (see `arguments.PPOArguments`)."""
+
+    kl_coef: float
+    kl_estimator: str = "k1"
+    score_position: str = "last"
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+
+
+def response_mask_of(responses: Sequence[Sequence[int]], score_position: str) -> Tensor:
+    """(batch, width) bool; one free column where the score stands after the response."""
+    lengths = torch.tensor([len(response) for response in responses])
+    width = int(lengths.max()) + int(score_position == "after")
+    return torch.arange(width)[None] < lengths[:, None]
+
+
+def assemble(
+    prompt_ids: list[list[int]],
+    responses: list[list[int]],
+    stopped: Tensor,
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    shaping: Shaping,
+) -> Rollout:
+    """KL-shaped rewards, and advantages over the whole rollout: statistics are those of all its tokens together.
+
+    Args:
+        scores: (batch,); logprobs, ref_logprobs, values: (batch, width) of `response_mask_of`.
+    """
+    mask = response_mask_of(responses, shaping.score_position)
+    value_mask = value_mask_of(mask, shaping.score_position)
+    in_reward = shaping.kl_coef if shaping.kl_estimator == "k1" else 0.0
+    rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, in_reward, shaping.score_position)
+    if shaping.whiten_rewards:
+        rewards = whiten(rewards, value_mask, shift_mean=False)
+    advantages, returns = compute_gae(rewards, values, value_mask, shaping.gamma, shaping.gae_lambda)
+    mean = masked_mean(advantages, mask).item()
+    std = masked_mean((advantages - mean) ** 2, mask).sqrt().item()
+    return Rollout(
+        prompt_ids,
+        responses,
+        stopped,
+        scores,
+        mask,
+        value_mask,
+        logprobs,
+        ref_logprobs,
+        values,
+        rewards,
+        whiten(advantages, mask) if shaping.whiten_advantages else torch.where(mask, advantages, 0.0),
+        returns,
+        mean,
+        std,
+    )
+
+
+def rollout_figures(rollout: Rollout) -> dict[str, float]:
+    """Means over the rollout's responses or tokens (docs/ppo.md); padding counts nowhere."""
+    mask, value_mask = rollout.response_mask, rollout.value_mask
+    returns, residual = rollout.returns[value_mask], (rollout.returns - rollout.values)[value_mask]
+    spread = returns.var(unbiased=False)
+    lengths = mask.sum(1).float()
+
+    def a_response(tokens: Tensor) -> float:
+        return torch.where(mask, tokens, 0.0).sum(1).mean().item()
+
+    return {
+        "reward": torch.where(value_mask, rollout.rewards, 0.0).sum(1).mean().item(),
+        "kl": a_response(k1(rollout.logprobs, rollout.ref_logprobs)),
+        "kl_k3": a_response(k3(rollout.logprobs, rollout.ref_logprobs)),
+        "response_tokens": lengths.mean().item(),
+        "stopped": rollout.stopped.float().mean().item(),
+        "advantage_mean": rollout.advantage_mean,
+        "advantage_std": rollout.advantage_std,
+        "value_mean": masked_mean(rollout.values, value_mask).item(),
+        "return_mean": returns.mean().item(),
+        "value_explained_variance": (1 - residual.var(unbiased=False) / spread).item() if spread > 0 else 0.0,
+    }
+
+
+class Engine(Protocol):
+    """What answers prompts. The local one runs the policy itself; another may ask a server that holds its weights."""
+
+    def responses(self, model: Any, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor) -> list[list[int]]:
+        """A response to each prompt, through its stop token; `uniforms` (rows, tokens) decide the samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Samples with transformers and a KV cache in this process."""
+
+    max_new_tokens: int
+    stop_ids: Sequence[int]
+    pad_id: int
+    forbidden: Sequence[int]
+    temperature: float = 1.0
+    rows: int = 64  # sampled together
+
+    def responses(self, model: Any, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in prompt_ids]
+        order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))  # like lengths together: less padding
+        for start in range(0, len(order), self.rows):
+            part = order[start : start + self.rows]
+            answered = generate(
+                model,
+                [prompt_ids[i] for i in part],
+                uniforms[part],
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=self.stop_ids,
+                pad_id=self.pad_id,
+                forbidden=self.forbidden,
+                temperature=self.temperature,
+            )
+            for i, response in zip(part, answered, strict=True):
+                found[i] = response
+        return found
 
 
 def row_uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,8 +104,10 @@ def identity(sources: Sequence[SourceSpec]) -> list[Any]:
     ]
 
 
-def build_scorer(sources: Sequence[SourceSpec], encoder: ChatEncoder, device: torch.device) -> Scorer:
-    """Load and verify every reward model and function of a recipe."""
+def build_scorer(
+    sources: Sequence[SourceSpec], encoder: ChatEncoder, device: torch.device, loaded: Mapping[str, Any] | None = None
+) -> Scorer:
+    """Load and verify every reward model and function of a recipe; `loaded`: models that are there already, by path."""
     named = [source.model or source.function for source in sources]
     for name in named:
         if named.count(name) > 1:
@@ -115,20 +117,24 @@ def build_scorer(sources: Sequence[SourceSpec], encoder: ChatEncoder, device: to
     for source in sources:
         if source.model is not None:
             label = "reward_model" if len(models) == 1 else source.model
-            parts.append(_model_part(source.model, label, source.weight, encoder, device))
+            parts.append(
+                _model_part(source.model, label, source.weight, encoder, device, (loaded or {}).get(source.model))
+            )
         else:
             assert source.function is not None
             parts.append(_function_part(source.function, source.weight))
     return Scorer(parts, encoder)
 
 
-def _model_part(path: str, label: str, weight: float, encoder: ChatEncoder, device: torch.device) -> Part:
+def _model_part(
+    path: str, label: str, weight: float, encoder: ChatEncoder, device: torch.device, loaded: Any = None
+) -> Part:
     parent = verify_parent(path, ("reward",))
     refuse_other_heads(parent.path)
     tokenizer = load_tokenizer(parent.path)
     parent.refuse_other_tokenizer(tokenizer)
     require_pad(tokenizer, path)
-    model: Any = load_scalar_model(parent.path)
+    model: Any = load_scalar_model(parent.path) if loaded is None else loaded
     model.to(device).eval().requires_grad_(False)
     set_pad(model, tokenizer.pad_token_id)  # an external model's own may differ
     same_tokenizer = tokenizer_hashes(tokenizer) == tokenizer_hashes(encoder.tokenizer)

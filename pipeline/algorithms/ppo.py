@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pipeline.algorithms.kl import k1
 
 import torch
@@ -22,23 +24,66 @@ def missing_eos_scores(scores: Tensor, stopped: Tensor, mode: str, value: float)
     return torch.where(stopped, scores, fallback)
 
 
+@dataclass
+class RunningMoments:
+    """Count, mean and summed squared deviation of all scores seen (Chan et al. 1979)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Add `values`, (n,) fp32, n ≥ 1."""
+        values = values.double()
+        n, mean = len(values), values.mean().item()
+        squares = ((values - mean) ** 2).sum().item()
+        shift, total = mean - self.mean, self.count + n
+        self.squares += squares + shift**2 * self.count * n / total
+        self.mean += shift * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Standard deviation (of a sample); 1 while there is none."""
+        variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
+        return variance**0.5 if variance > 0 else 1.0
+
+
+def value_mask_of(response_mask: Tensor, score_position: str) -> Tensor:
+    """Where rewards and values stand: the response's tokens, and for "after" the position that follows them (A23).
+
+    Args:
+        response_mask: (batch, width) bool, a prefix of each row; for "after", the last column is free.
+    """
+    if score_position == "last":
+        return response_mask
+    after = torch.zeros_like(response_mask)
+    return response_mask | after.scatter(1, response_mask.sum(1, keepdim=True), True)
+
+
 def shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    kl_coef: float,
+    score_position: str = "last",
 ) -> Tensor:
-    """Per-token rewards: -kl_coef · log(π/π_ref) at every token, the score at the last one (I22, eq. 2; Z19).
+    """Per-token rewards: -kl_coef · log(π/π_ref) at every token, the score once (I22, eq. 2; Z19; A21, A23).
 
     Args:
         scores: (batch,)
-        logprobs, ref_logprobs: (batch, response_len) under the policy that sampled, and the reference.
-        response_mask: (batch, response_len) bool, True through the stop token; a prefix of each row, never empty.
+        logprobs, ref_logprobs: (batch, width) under the policy that sampled, and the reference.
+        response_mask: (batch, width) bool, True through the stop token; a prefix of each row, never empty.
+        score_position: "last" response token (Z19), or the position "after" it (N+), which must be there.
 
     Returns:
-        rewards: (batch, response_len), 0 where masked; each row sums to score - kl_coef · Σ k1.
+        rewards: (batch, width), 0 elsewhere; each row sums to score - kl_coef · Σ k1.
     """
     penalty = -kl_coef * k1(logprobs, ref_logprobs)
     rewards = torch.where(response_mask, penalty, torch.zeros_like(penalty))
-    last = response_mask.sum(dim=1) - 1
-    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+    position = response_mask.sum(dim=1) - int(score_position == "last")
+    return rewards.scatter_add(1, position[:, None], scores[:, None].to(rewards.dtype))
 
 
 def compute_gae(

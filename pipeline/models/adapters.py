@@ -9,6 +9,7 @@ from pipeline.models.loading import fit_embeddings, linear_module_names, set_pad
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -22,6 +23,26 @@ def lora_config(model: PreTrainedModel, options: Any, task_type: str) -> LoraCon
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
         task_type=task_type,
     )
+
+
+def read_adapter(path: str) -> tuple[LoraConfig, dict[str, torch.Tensor], torch.Tensor] | None:
+    """A reward model's own adapter (configuration, weights, head), or None where it was trained whole.
+
+    Args:
+        path: the output folder of a reward stage with `lora:`.
+
+    Returns:
+        config: for a causal LM's trunk; weights: by peft's names; head: (1, hidden).
+    """
+    folder = Path(path) / "adapter"
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    config = LoraConfig.from_pretrained(str(folder))
+    config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
+    weights = load_file(folder / "adapter_model.safetensors")
+    (head_name,) = [name for name in weights if name.endswith("score.weight")]
+    head = weights.pop(head_name)
+    return config, weights, head
 
 
 def save_merged(trained: PeftModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

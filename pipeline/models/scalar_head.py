@@ -72,10 +72,12 @@ def score_offset(model: nn.Module) -> float:
     return float(getattr(model.config, OFFSET, 0.0))
 
 
+def set_offset(model: nn.Module, offset: float) -> None:
+    setattr(model.config, OFFSET, offset)
+
+
 @torch.no_grad()
-def score_ids(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, tokens_per_batch: int = 16384
-) -> Tensor:
+def score_ids(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int, tokens_per_batch: int = 16384) -> Tensor:
     """Centred scores of token rows, read at each row's last token.
 
     Args:

@@ -63,7 +63,7 @@ def test_rewards_may_be_functions_models_and_sums(chain: Path, recipes: Path, tm
     )
     recipe.write_text(text)
     _, metrics = run(chain, recipes, tmp_path, config=recipe, reward=None)
-    parts = [metrics["score_reward"], metrics["score_rubric:score"]]
+    parts = [metrics["score_reward_model"], metrics["score_rubric:score"]]
     if metrics["stopped"] == 1.0:
         assert metrics["score"] == pytest.approx(0.5 * parts[0] + parts[1], abs=1e-4)
     assert 0 <= parts[1] <= 1
