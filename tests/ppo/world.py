@@ -57,13 +57,13 @@ def make_policy(folder: Path, symbols: str, seed: int = 0, prompts: str = "ab") 
     return folder
 
 
-def train(folder: Path, policy: Path, reward: str, **changes: Any) -> dict[str, Any]:
-    """Run the real stage in this process against `reward`, the body of score(prompt, response); returns its lineage."""
-    name = f"world_{abs(hash((str(folder), reward))):x}"
+def train(folder: Path, policy: Path, body: str, **changes: Any) -> dict[str, Any]:
+    """Run the real stage in this process against `body`, that of score(prompt, response); returns its lineage."""
+    name = f"world_{abs(hash((str(folder), body))):x}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.py").write_text(
         "import math\n\n\ndef one(prompt, response):\n    "
-        + reward
+        + body
         + "\n\n\ndef score(prompts, responses, rows):\n"
         + "    return [one(p, r.replace(' ', '')) for p, r in zip(prompts, responses, strict=True)]\n"
     )
@@ -123,7 +123,13 @@ def total_variation(one: Distribution, other: Distribution) -> float:
 
 
 def distance(
-    run: Path, policy: Path, score: Callable[[str, str, bool], float], beta: float, max_tokens: int, prompts: str = "ab", **options: Any
+    run: Path,
+    policy: Path,
+    score: Callable[[str, str, bool], float],
+    beta: float,
+    max_tokens: int,
+    prompts: str = "ab",
+    **options: Any,
 ) -> float:
     """Largest total variation, over the prompts, between a trained policy and the optimum.
 
