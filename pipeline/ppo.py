@@ -10,6 +10,7 @@ gradients are sums over tokens, added over processes before each step.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -295,15 +296,54 @@ def prompt_batch(records: list[Record], rollout: int, args: PPOArguments) -> lis
     return [records[i] for i in endless(len(records), rollout * n, n, args.seed)]
 
 
-def microbatches(lengths: list[int], rows: list[int], max_tokens: int) -> list[list[int]]:
-    """Rows of similar length together, each group at most `max_tokens` with padding (one row at least)."""
+@dataclass(frozen=True)
+class Cut:
+    """How rows are cut into forward passes.
+
+    group_tokens: what starting a further pass costs beside its tokens.
+    multiple: lengths are padded up to a multiple of this. 1 but for bf16 on a CPU, where oneDNN makes new kernels for every
+        new shape (measured: half of the time, and hundreds of MB); there all passes have the same number of rows, too.
+    """
+
+    group_tokens: int = 64
+    multiple: int = 1
+
+    def padded(self, length: int) -> int:
+        return -(-length // self.multiple) * self.multiple
+
+
+def microbatches(lengths: list[int], rows: list[int], max_tokens: int, cut: Cut = Cut()) -> list[list[int]]:
+    """Rows of similar length together, each group at most `max_tokens` with padding (one row at least).
+
+    Of all such cuts of the rows sorted by length, the one that costs the fewest tokens, padding and starts included.
+    """
+    order = sorted(rows, key=lambda row: (lengths[row], row))
+    if cut.multiple > 1:
+        return _equal_groups(lengths, order, max_tokens, cut)
+    best: list[tuple[int, int]] = [(0, 0)]  # of the first n rows: cost, where the last group begins
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        starts = [start for start in range(end) if longest * (end - start) <= max_tokens] or [end - 1]
+        best.append(min((best[start][0] + longest * (end - start) + cut.group_tokens, start) for start in starts))
     groups: list[list[int]] = []
-    for row in sorted(rows, key=lambda r: (lengths[r], r)):
-        if groups and lengths[row] * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
+    end = len(order)
+    while end:
+        start = best[end][1]
+        groups.append(order[start:end])
+        end = start
+    return groups[::-1]
+
+
+def _equal_groups(lengths: list[int], order: list[int], max_tokens: int, cut: Cut) -> list[list[int]]:
+    found: list[tuple[int, list[list[int]]]] = []
+    size = len(order)
+    while size:
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        tokens = [cut.padded(lengths[group[-1]]) * len(group) for group in groups]
+        if max(tokens) <= max_tokens or size == 1:
+            found.append((sum(tokens) + cut.group_tokens * len(groups), groups))
+        size //= 2
+    return min(found, key=lambda item: item[0])[1] if found else []
 
 
 def build_roles(
@@ -342,6 +382,11 @@ def build_roles(
         value = load_value(args, parent, rewards, encoder)
         roles = SeparateRoles(policy, load_causal_lm(parent.path), value, wrap, autocast)
         roles.value.to(device)
+    if (
+        bf16 and device.type == "cpu"
+    ):  # torch's fused attention is several times slower backward there, at these lengths
+        for model in roles.networks():
+            model.set_attn_implementation("eager")
     roles.policy.refuse_transformed_logits()
     return roles
 
@@ -392,6 +437,9 @@ class Loop:
         self.run, self.args, self.accelerator, self.roles = run, run.args, accelerator, roles
         self.encoder, self.scorer, self.judges, self.blocks, self.state = encoder, scorer, judges, blocks, state
         args = self.args
+        on_cpu = accelerator.device.type == "cpu"
+        bf16_on_cpu = on_cpu and resolve_precision(args.precision)
+        self.cut = Cut((256 if bf16_on_cpu else 64) if on_cpu else 4096, 16 if bf16_on_cpu else 1)
         self.stop_ids = stop_token_ids(args, encoder)
         self.engine = LocalEngine(
             args.max_response_tokens,
@@ -406,7 +454,7 @@ class Loop:
         self.peaks = {"policy": args.learning_rate, "value": value_lr}
         self.schedules = {"policy": args.lr_schedule, "value": args.value_lr_schedule or args.lr_schedule}
         self.optimizers = {
-            name: torch.optim.AdamW(parameters, lr=self.peaks[name], **adam)
+            name: torch.optim.AdamW(parameters, lr=self.peaks[name], fused=True, **adam)
             for name, parameters in roles.trained.items()
         }
         self.ema = [p.detach().clone() for p in roles.trained["policy"]] if args.ema_decay is not None else None
@@ -433,8 +481,12 @@ class Loop:
     def sample(self, role: str, records: list[Record], rows: list[int], uniforms: Tensor) -> list[list[int]]:
         if not rows:
             return []
-        with self.roles.autocast(), self.roles.sampler(role) as model:
+        with self.sampling_precision(), self.roles.sampler(role) as model:
             return self.engine.responses(model, [records[i]["ids"] for i in rows], uniforms[rows])
+
+    def sampling_precision(self) -> Any:
+        """A CPU samples in fp32 always: a token at a time, bf16 is slower there."""
+        return contextlib.nullcontext() if self.accelerator.device.type == "cpu" else self.roles.autocast()
 
     @torch.no_grad()
     def answers(
@@ -459,7 +511,7 @@ class Loop:
         ]
         lengths = [len(r["ids"]) + len(a) for r, a in zip(mine, responses, strict=True)]
         extra = self.args.score_position == "after"
-        for group in microbatches(lengths, list(range(len(rows))), 4 * self.args.micro_batch_tokens):
+        for group in microbatches(lengths, list(range(len(rows))), 4 * self.args.micro_batch_tokens, self.cut):
             batch = self.tensors([mine[i]["ids"] for i in group], [responses[i] for i in group])
             found = {name: values.tolist() for name, values in self.roles.measure(batch, with_values).items()}
             for k, i in enumerate(group):
@@ -594,7 +646,7 @@ class Loop:
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         sums: dict[str, Tensor] = {}
         largest = 0.0
-        for group in microbatches(lengths, mine, args.micro_batch_tokens):
+        for group in microbatches(lengths, mine, args.micro_batch_tokens, self.cut):
             batch = self.tensors([rollout.prompt_ids[i] for i in group], [rollout.response_ids[i] for i in group])
             width, mask = batch["tokens"].shape[1], batch["mask"]
             old = {
@@ -692,10 +744,11 @@ class Loop:
         lengths = torch.tensor([len(r) for r in response_ids])[:, None]
         last = lengths - int(self.args.score_position == "last")  # "after": the state at the last token has a value too
         tokens = right_pad(response_ids, 0)
+        pad_id = self.encoder.tokenizer.pad_token_id
+        input_ids = right_pad([p + r for p, r in zip(prompt_ids, response_ids, strict=True)], pad_id)
+        longest = input_ids.shape[1]
         batch = {
-            "input_ids": right_pad(
-                [p + r for p, r in zip(prompt_ids, response_ids, strict=True)], self.encoder.tokenizer.pad_token_id
-            ),
+            "input_ids": nn.functional.pad(input_ids, (0, self.cut.padded(longest) - longest), value=pad_id),
             "positions": starts - 1 + torch.minimum(torch.arange(mask.shape[1])[None], last),
             "tokens": nn.functional.pad(tokens, (0, mask.shape[1] - tokens.shape[1])),
             "mask": mask,

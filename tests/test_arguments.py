@@ -106,7 +106,7 @@ def test_a_wrong_recipe_is_named_by_its_line(tmp_path: Path, text: str, line: in
         ("sft", SFT + "report_to: [mlflow]\n", "unknown tracker 'mlflow'"),
         ("pretrain", "output_dir: o\ndatasets:\n  - path: d\n", "needs `train_tokenizer:`"),
         ("ppo", SFT, "reward is missing"),
-        ("ppo", SFT + "reward: m:f\n", "value_init: reward needs a reward model"),
+        ("ppo", SFT + "reward: m:f\nvalue_init: reward\n", "value_init: reward needs a reward model"),
         ("ppo", SFT + "reward: r\nminibatches: 3\n", "must divide prompts_per_rollout"),
     ],
 )

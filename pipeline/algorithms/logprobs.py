@@ -7,15 +7,18 @@ from torch import Tensor
 
 
 def tempered_logits(logits: Tensor, temperature: float, forbidden: Tensor | None) -> Tensor:
-    """Logits in fp32, divided by the temperature, -inf at forbidden ids: the distribution that is sampled and trained.
+    """Logits in fp32, divided by the temperature, the lowest number at forbidden ids: the distribution that is sampled
+    and trained. (Not -inf: a probability of exactly 0 comes out all the same, and 0 times it is 0, not NaN.)
 
     Args:
         logits: (..., vocab), any float dtype.
         forbidden: (n,) int64 ids that have no probability (pad, unused); None for none.
     """
-    logits = logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
     if forbidden is not None and forbidden.numel():
-        logits = logits.index_fill(-1, forbidden, float("-inf"))
+        logits = logits.index_fill(-1, forbidden, torch.finfo(torch.float32).min)
     return logits
 
 
@@ -23,19 +26,17 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each token, and the entropy of each distribution.
 
     Args:
-        logits: (n, vocab) fp32, -inf allowed.
+        logits: (n, vocab) fp32, finite.
         tokens: (n,) int64.
 
     Returns:
         logprobs: (n,), nats; with gradient.
         entropy: (n,), nats; detached.
     """
-    log_z = torch.logsumexp(logits, dim=-1)
-    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - log_z
+    log_p = torch.log_softmax(logits, dim=-1)
     with torch.no_grad():
-        log_p = logits - log_z[:, None]
-        entropy = -torch.where(log_p.isinf(), 0.0, log_p.exp() * log_p).sum(-1)
-    return logprobs, entropy
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, tokens[:, None])[:, 0], entropy
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     Each row needs only its own number, so a sample does not depend on which other rows are in the batch.
 
     Args:
-        logits: (rows, vocab) fp32, -inf where nothing may be sampled.
+        logits: (rows, vocab) fp32, the lowest number where nothing may be sampled.
         uniforms: (rows,) in [0, 1).
 
     Returns:

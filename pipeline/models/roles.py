@@ -89,6 +89,10 @@ class PolicyModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of `tokens` after hidden states (n, width), a bounded number of logits at a time."""
         chunk = max(1, LOGITS_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
+        n = len(tokens)
+        if hidden.device.type == "cpu":  # few shapes: oneDNN makes kernels for each (see ppo.Cut)
+            spare = -n % 64
+            hidden, tokens = nn.functional.pad(hidden, (0, 0, 0, spare)), nn.functional.pad(tokens, (0, spare))
         pieces = list(zip(hidden.split(chunk), tokens.split(chunk), strict=True))
         recompute = len(pieces) > 1 and torch.is_grad_enabled()
 
@@ -97,7 +101,7 @@ class PolicyModel(nn.Module):
             return token_logprobs(tempered_logits(logits, temperature, forbidden), chosen)
 
         parts = [checkpoint(run, h, t, use_reentrant=False) if recompute else run(h, t) for h, t in pieces]
-        return torch.cat([lp for lp, _ in parts]), torch.cat([e for _, e in parts])
+        return torch.cat([lp for lp, _ in parts])[:n], torch.cat([e for _, e in parts])[:n]
 
     @torch.no_grad()
     def refuse_transformed_logits(self) -> None:
@@ -140,6 +144,10 @@ class Roles:
 
     def sampler(self, role: str) -> contextlib.AbstractContextManager[Any]:
         """The causal LM of "policy" or "reference", to generate with."""
+        raise NotImplementedError
+
+    def networks(self) -> list[Any]:
+        """The transformers models behind the roles."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
@@ -201,6 +209,9 @@ class SeparateRoles(Roles):
     def sampler(self, role: str) -> Iterator[Any]:
         yield (self.policy if role == "policy" else self.reference).model
 
+    def networks(self) -> list[Any]:
+        return [self.policy.model, self.reference.model, self.value.model]
+
     def state(self) -> dict[str, Any]:
         return {"policy": self.policy.model.state_dict(), "value": self.value.model.state_dict()}
 
@@ -258,6 +269,9 @@ class SharedTrunkRoles(Roles):
     @contextlib.contextmanager
     def sampler(self, role: str) -> Iterator[Any]:
         yield (self.policy if role == "policy" else self.reference).model
+
+    def networks(self) -> list[Any]:
+        return [self.policy.model, self.reference.model]
 
     def state(self) -> dict[str, Any]:
         return {"policy": self.policy.model.state_dict(), "value_head": self.head.state_dict()}
@@ -385,6 +399,9 @@ class AdapterRoles(Roles):
     def sampler(self, role: str) -> Iterator[Any]:
         with self.active("default" if role == "policy" else None):
             yield self.policy.model
+
+    def networks(self) -> list[Any]:
+        return [self.policy.model]
 
     def state(self) -> dict[str, Any]:
         kept = {name: p for name, p in self.peft.named_parameters() if ".default." in name or ".value." in name}
