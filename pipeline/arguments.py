@@ -491,7 +491,7 @@ def _parse_flags(stage: type[Arguments], values: dict[str, Any], argv: list[str]
     parser.set_defaults_with_config(**values)
     for action in parser._actions:
         if action.type is RewardSource:
-            action.type = _reward_source
+            action.type = reward_source
     try:
         parsed, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     except ValueError as error:  # a dataclass's own cross-field check
@@ -558,7 +558,7 @@ class _RecipeReader:
             return self.value(node, next(part for part in parts if part is not type(None)), name)
         if dataclasses.is_dataclass(hint):
             if hint is RewardSource and isinstance(node, yaml.ScalarNode):
-                return _reward_source(self.scalar(node, str, name))
+                return reward_source(self.scalar(node, str, name))
             return self.build(node, typing.cast(type, hint))
         if origin is list:
             items = node.value if isinstance(node, yaml.SequenceNode) else None
@@ -624,7 +624,7 @@ def _construct(node: yaml.Node) -> Any:
     return yaml.SafeLoader("").construct_object(node, deep=True)
 
 
-def _reward_source(text: str) -> RewardSource:
+def reward_source(text: str) -> RewardSource:
     """`module:function` names a function, anything else a model (a path may hold no colon); `0.2*` before it is its weight."""
     factor, star, name = text.partition("*")
     try:

@@ -40,7 +40,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     report.add_argument("--prompts", metavar="FILE", help="held-out prompts; default: those of the PPO recipe")
     report.add_argument("--num-prompts", type=int, default=200, help="held-out prompts answered by every stage")
+    report.add_argument(
+        "--best-of", type=int, default=8, metavar="N", help="reference point beside PPO: best of N; 0: none"
+    )
     report.add_argument("--data-root", default=None, help="what relative dataset paths are relative to")
+
+    best = commands.add_parser(
+        "best-of", help="rejection sampling: the best of n responses a prompt, as demonstrations"
+    )
+    best.add_argument("--policy", required=True, help="folder or Hub id of the model that answers")
+    best.add_argument(
+        "--reward", required=True, nargs="+", help="model folder or module:function, `0.2*` before it: weight"
+    )
+    best.add_argument("--prompts", required=True, metavar="FILE", help="JSONL with a column `prompt`")
+    best.add_argument("--output", required=True, metavar="FILE", help="JSONL of prompt, response, score")
+    best.add_argument("-n", type=int, default=16, help="responses sampled a prompt")
+    best.add_argument("--max-response-tokens", type=int, default=64, help="longest response")
+    best.add_argument("--temperature", type=float, default=1.0, help="of the samples")
+    best.add_argument("--seed", type=int, default=0, help="of the samples")
 
     args = parser.parse_args(argv)
     try:
@@ -65,6 +82,26 @@ def _dispatch(args: argparse.Namespace) -> int:
 
         quiet_libraries()
         return check_recipe(args.recipe, args.data_root)
+    if args.command == "best-of":
+        from pipeline.arguments import reward_source
+        from pipeline.best_of_n import write_demonstrations
+        from pipeline.stage import quiet_libraries
+
+        quiet_libraries()
+        for name in ("n", "max_response_tokens", "temperature"):
+            if getattr(args, name) <= 0:
+                raise UserError(f"command line: {name} must be above 0")
+        write_demonstrations(
+            args.policy,
+            [reward_source(text) for text in args.reward],
+            args.prompts,
+            args.output,
+            args.n,
+            args.max_response_tokens,
+            args.temperature,
+            args.seed,
+        )
+        return 0
     from pipeline.report import write_report
     from pipeline.stage import quiet_libraries
 
@@ -76,6 +113,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         prompts_file=args.prompts,
         num_prompts=args.num_prompts,
         data_root=args.data_root,
+        best_of=args.best_of,
     )
     return 0
 

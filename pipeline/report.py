@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.arguments import DatasetEntry, RewardSource
+from pipeline.best_of_n import best_of_n, kl_bound
 from pipeline.checkpoints import read_lineage, weights_sha256, write_json
 from pipeline.data.encoding import ChatEncoder, forbidden_ids
 from pipeline.data.records import PARSERS, Record, read_jsonl
@@ -41,6 +42,7 @@ def write_report(
     prompts_file: str | None = None,
     num_prompts: int = 200,
     data_root: str | None = None,
+    best_of: int = 8,
 ) -> Path:
     """Measure the run in `run_dir` and write its report; what is missing or changed is said in it, the rest reported.
 
@@ -64,6 +66,12 @@ def write_report(
                 scores[name] = judge_answers(folder, lineages, prompts, answers[name], asked, notes)
             except UserError as error:
                 notes.append(f"{name}: does not answer here: {error}")
+    reference_point = None
+    if best_of > 1 and "sft" in answers and "reward" in lineages:
+        reference_point = best_of_answers(folder, prompts, answers, ppo_recipe, best_of)
+        name, point = f"best_of_{best_of}", reference_point
+        scores[name] = judge_answers(folder, lineages, prompts, answers[name], asked, notes)
+        point |= {judge: float(np.mean(values)) for judge, values in scores[name].items()}
     stages = {name: stage_figures(lineage) for name, lineage in lineages.items()}
     report: dict[str, Any] = {
         "run": folder.name,
@@ -71,6 +79,7 @@ def write_report(
         "seconds": {name: lineage["seconds"] for name, lineage in lineages.items()},
         "win_rates": win_rates(scores),
         "frontier": frontier(folder),
+        "best_of_n": reference_point,
         "agreement": agreement(scores),
         "samples": samples(prompts, answers, scores),
         "lineage": lineages,
@@ -79,7 +88,7 @@ def write_report(
     target = folder / "report"
     target.mkdir(exist_ok=True)
     write_json(target / "report.json", report)
-    (target / "index.html").write_text(render(report, plots(folder, lineages)), encoding="utf-8")
+    (target / "index.html").write_text(render(report, plots(folder, lineages, reference_point)), encoding="utf-8")
     print(f"report: {_summary(report)}{target / 'index.html'}")
     return target
 
@@ -142,23 +151,42 @@ class Answers:
 @torch.no_grad()
 def sample_answers(folder: Path, prompts: list[Record], ppo_recipe: dict[str, Any]) -> Answers:
     """One sampled answer to each prompt, with the same random numbers for every stage."""
+    model, engine, encoder = answering(folder, ppo_recipe)
+    ids = [encoder.prompt_ids(record["prompt"]) for record in prompts]
+    uniforms = row_uniforms(SEED, range(len(ids)), engine.max_new_tokens)
+    found = engine.responses(model, ids, uniforms)
+    return Answers(encoder, ids, found, encoder.texts(found))
+
+
+def answering(folder: Path, ppo_recipe: dict[str, Any]) -> tuple[Any, LocalEngine, ChatEncoder]:
+    """A stage's model, and an engine that samples as the PPO recipe does."""
     tokenizer = load_tokenizer(str(folder))
     model: Any = load_causal_lm(str(folder)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder = ChatEncoder(tokenizer)
     limit = ppo_recipe.get("max_response_tokens", 64)
-    ids = [encoder.prompt_ids(record["prompt"]) for record in prompts]
-    uniforms = row_uniforms(SEED, range(len(ids)), limit)
     engine = LocalEngine(
         limit,
-        [encoder.eos_id],
+        [encoder.eos_id, *(encoder.text_ids(token)[0] for token in ppo_recipe.get("stop_tokens", []))],
         tokenizer.pad_token_id,
         forbidden_ids(tokenizer, model.get_output_embeddings().weight.shape[0]),
         ppo_recipe.get("temperature", 1.0),
         ppo_recipe.get("generation_rows", 64),
     )
-    found = engine.responses(model, ids, uniforms)
-    return Answers(encoder, ids, found, encoder.texts(found))
+    return model, engine, encoder
+
+
+def best_of_answers(
+    folder: Path, prompts: list[Record], answers: dict[str, Answers], ppo_recipe: dict[str, Any], n: int
+) -> dict[str, Any]:
+    """The SFT model's best of n by the reward model, added to `answers`: what choosing gets without any training."""
+    model, engine, encoder = answering(folder / "sft", ppo_recipe)
+    device = next(model.parameters()).device
+    scorer = build_scorer([RewardSource(model=str(folder / "reward"))], encoder, device)
+    found = best_of_n(engine, model, encoder, scorer, prompts, n, SEED)
+    ids = [encoder.prompt_ids(record["prompt"]) for record in prompts]
+    answers[f"best_of_{n}"] = Answers(encoder, ids, found.response_ids, encoder.texts(found.response_ids))
+    return {"n": n, "kl": kl_bound(n)}
 
 
 def judge_answers(
@@ -204,7 +232,8 @@ def stage_figures(lineage: dict[str, Any]) -> dict[str, Any]:
 def win_rates(scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
     """Each stage against each earlier one, by every judge; ties count one half."""
     rows = []
-    names = [name for name in ANSWERING if name in scores]
+    order = ["pretrain", "sft", *(name for name in scores if name.startswith("best_of_")), "ppo"]
+    names = [name for name in order if name in scores]
     for position, candidate in enumerate(names):
         for baseline in reversed(names[:position]):
             for judge in [judge for judge in scores[candidate] if judge in scores[baseline]]:
@@ -284,7 +313,7 @@ NAMES = {
 }
 
 
-def plots(folder: Path, lineages: dict[str, Any]) -> dict[str, list[str]]:
+def plots(folder: Path, lineages: dict[str, Any], best: dict[str, Any] | None = None) -> dict[str, list[str]]:
     """SVG curves of each stage from its history."""
     drawn: dict[str, list[str]] = {}
     for stage in lineages:
@@ -300,7 +329,9 @@ def plots(folder: Path, lineages: dict[str, Any]) -> dict[str, list[str]]:
         points = frontier(folder) if stage == "ppo" else []
         for judge in ["reward", *judge_labels(lineages[stage]["recipe"].get("judges", []))]:
             if points:
-                series = {judge: [(point["kl"], point[judge]) for point in points]}
+                series = {"ppo": [(point["kl"], point[judge]) for point in points]}
+                if best and judge in best:
+                    series[f"best of {best['n']}"] = [(best["kl"], best[judge])]
                 labels = [str(point["step"]) for point in points]
                 title = f"ppo: {judge} over KL, held out, by rollout"
                 drawn[stage].append(_curve(title, "KL, nats a response", f"mean {judge}", series, labels))

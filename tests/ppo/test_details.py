@@ -87,6 +87,27 @@ def test_a19_responses_end_at_their_first_stop_token(policy: Path) -> None:
     assert {len(response) for response in found} == {1, 2, 3, 4, 5}
 
 
+def test_a20_any_stop_token_is_a_stop(policy: Path, tmp_path: Path) -> None:
+    """The missing-EOS score asks for the stop tokens, EOS or not."""
+    train(
+        tmp_path / "run",
+        policy,
+        "return 1.0",
+        **SHORT,
+        stop_tokens=["b"],
+        missing_eos="replace",
+        missing_eos_score=-1.0,
+    )
+    samples = json.loads((tmp_path / "run" / "out" / "samples.json").read_text())
+    metrics = json.loads((tmp_path / "run" / "out" / "metrics.json").read_text())
+    for row in rows(tmp_path / "run"):
+        assert row["score"] == pytest.approx(2 * row["stopped"] - 1, abs=1e-6)
+    # Three tokens and no stop among them: nothing else is unfinished.
+    unfinished = [s for s in samples if len(s["response"].replace(" ", "")) == 3 and "b" not in s["response"][-1]]
+    assert metrics["stopped"] == pytest.approx(1 - len(unfinished) / len(samples))
+    assert any(s["response"].endswith("b") for s in samples)
+
+
 def test_a19_samples_do_not_depend_on_the_batch(policy: Path) -> None:
     model, tokenizer = load_causal_lm(str(policy)), load_tokenizer(str(policy))
     encoder = ChatEncoder(tokenizer)
@@ -179,6 +200,22 @@ def test_a22_the_coefficient_follows_the_summed_kl_of_each_rollout(policy: Path,
 
 
 # ---------------------------------------------------------------------------------------------- the update
+
+
+def test_a29_optimizer_steps_are_counted_over_dataset_epochs(
+    policy: Path, tmp_path: Path, loops: list[ppo.Loop]
+) -> None:
+    """16 prompts, 24 a rollout: every second rollout crosses a boundary; each still takes epochs × minibatches steps."""
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = torch.optim.AdamW.step
+        patch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (steps.append(self), step(self, *a, **k))[1])
+        settings = {**SHORT, "prompts_per_rollout": 24, "minibatches": 4, "ppo_epochs": 3, "micro_batch_tokens": 30}
+        record = train(tmp_path / "run", policy, COUNT_B, **settings)
+    expected = 4 * 3 * 4
+    assert record["metrics"]["policy_steps"] == record["metrics"]["value_steps"] == expected
+    taken = {name: sum(one is loops[0].optimizers[name] for one in steps) for name in ("policy", "value")}
+    assert taken == {"policy": expected, "value": expected}
 
 
 def test_a30_the_first_step_of_adam_by_hand(policy: Path, tmp_path: Path, loops: list[ppo.Loop]) -> None:

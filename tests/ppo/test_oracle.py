@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.arguments import DatasetEntry, PPOArguments, RewardSource
 from pipeline.models.roles import Batch, Roles
 from pipeline.ppo import Loop, State
+from pipeline.rollout import rollout_figures
 
 import numpy as np
 import pytest
@@ -233,7 +234,7 @@ def test_a24_garbage_after_the_end_changes_nothing() -> None:
     data = world(4, width=6)
     clean = loop_of(args, data)
     rollout = clean.assemble([{"ids": [i]} for i in range(ROWS)], answers(args, data))
-    expected = clean.backward(rollout, list(range(ROWS)))
+    expected, measured = clean.backward(rollout, list(range(ROWS))), rollout_figures(rollout)
     dirty_data = {**data, "new": data["new"].copy(), "new_values": data["new_values"].copy()}
     for i, n in enumerate(data["lengths"]):
         dirty_data["new"][i, n:], dirty_data["new_values"][i, n:] = np.nan, 1e30
@@ -241,6 +242,7 @@ def test_a24_garbage_after_the_end_changes_nothing() -> None:
             getattr(rollout, name)[i, n:] = float("nan")
     dirty = loop_of(args, dirty_data)
     assert dirty.backward(rollout, list(range(ROWS))) == expected
+    assert rollout_figures(rollout) == measured
     clean_roles: Any = clean.roles
     dirty_roles: Any = dirty.roles
     for i, n in enumerate(data["lengths"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -57,9 +58,9 @@ def make_policy(folder: Path, symbols: str, seed: int = 0, prompts: str = "ab") 
     return folder
 
 
-def train(folder: Path, policy: Path, body: str, **changes: Any) -> dict[str, Any]:
-    """Run the real stage in this process against `body`, that of score(prompt, response); returns its lineage."""
-    name = f"world_{abs(hash((str(folder), body))):x}"
+def write_recipe(folder: Path, policy: Path, body: str, **changes: Any) -> Path:
+    """A PPO recipe, and beside it the module of its reward: `body` is that of score(prompt, response)."""
+    name = f"world_{hashlib.sha256(body.encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.py").write_text(
         "import math\n\n\ndef one(prompt, response):\n    "
@@ -77,6 +78,12 @@ def train(folder: Path, policy: Path, body: str, **changes: Any) -> dict[str, An
     }  # fmt: skip
     recipe = folder / "ppo.yaml"
     recipe.write_text(yaml.safe_dump({**values, **changes}))
+    return recipe
+
+
+def train(folder: Path, policy: Path, body: str, **changes: Any) -> dict[str, Any]:
+    """Run the real stage in this process; returns its lineage."""
+    recipe = write_recipe(folder, policy, body, **changes)
     launch("ppo", STAGES["ppo"], ppo.main, ["--config", str(recipe)])
     return json.loads((folder / "out" / "lineage.json").read_text())  # type: ignore[no-any-return]
 
