@@ -42,6 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ppo-epochs", type=int, default=4)
     parser.add_argument("--max-response-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=int, default=1, help="ours; they share the threads")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="ours")
     parser.add_argument("--peer-precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)
@@ -57,11 +58,11 @@ def child(args: argparse.Namespace) -> None:
     from pipeline.stage import launch
 
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    recipe = Path(args.child) / "ppo.yaml"
+    recipe = Path(args.child) / f"ppo-{os.environ.get('RANK', 0)}.yaml"
     data = [{"path": str(Path(args.prompts).resolve())}]
     values: dict[str, Any] = {
         "parent": args.policy, "reward": args.reward, "output_dir": str(Path(args.child) / "out"), "datasets": data,
-        "held_out_fraction": 0.02, "roles": args.roles, "precision": args.precision, "threads": args.threads, "quiet": True,
+        "held_out_fraction": 0.02, "roles": args.roles, "precision": args.precision, "threads": args.threads // args.processes, "quiet": True,
         "total_rollouts": args.rollouts, "prompts_per_rollout": args.prompts_per_rollout, "minibatches": args.minibatches,
         "ppo_epochs": args.ppo_epochs, "max_prompt_tokens": 64, "long_prompts": "drop", "save_steps": 10**6,
         "max_response_tokens": args.max_response_tokens, "learning_rate": 1e-5, "kl_coef": 0.05,
@@ -78,7 +79,7 @@ def child(args: argparse.Namespace) -> None:
 
     ppo.Loop.evaluate = after_training  # type: ignore[method-assign]
     launch("ppo", STAGES["ppo"], ppo.main, ["--config", str(recipe)])
-    rows = [row for row in history.read(Path(args.child) / "out") if "seconds" in row]
+    rows = [row for row in history.read(Path(args.child) / "out") if "seconds" in row]  # written by rank 0, read by all
     metrics = json.loads((Path(args.child) / "out" / "metrics.json").read_text(encoding="utf-8"))
     seconds = sum(row["seconds"] for row in rows)
     figures = {
@@ -91,10 +92,11 @@ def child(args: argparse.Namespace) -> None:
         "optimizer_steps": metrics["policy_steps"],
         "import_rss_mb": imported,
         "peak_rss_mb": peak[0],
+        "processes": args.processes,
         "threads": torch.get_num_threads(),
         "dtype": args.precision,
     }
-    print(json.dumps(figures))
+    (Path(args.child) / f"figures-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(figures))
 
 
 def run(command: list[str]) -> dict[str, Any]:
@@ -113,7 +115,21 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
             for name, value in vars(args).items()
             if value is not None and name not in ("peer", "child", "rounds", "peer_precision")
         ]
-        return run([sys.executable, __file__, *flags, "--child", folder])
+        command = [sys.executable, __file__, *flags, "--child", folder]
+        environment = dict(os.environ)
+        if args.processes > 1:
+            launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(args.processes)]
+            config = ["--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), "--main_process_port", "0"]
+            command[1:1] = [*launcher, *config]
+            environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(args.threads // args.processes)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        files = sorted(Path(folder).glob("figures-*.json"))
+        if len(files) != args.processes:
+            raise SystemExit(f"{shlex.join(command)} failed:\n{done.stdout}\n{done.stderr[-3000:]}")
+        ranks = [json.loads(file.read_text()) for file in files]
+        for name in ("import_rss_mb", "peak_rss_mb"):
+            ranks[0][name] = sum(rank[name] for rank in ranks)
+        return dict(ranks[0])
 
 
 def theirs(args: argparse.Namespace) -> dict[str, Any]:
@@ -154,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary: dict[str, Any] = {
         "roles": args.roles,
         "dtype": args.precision,
+        "processes": args.processes,
         "episodes_per_second": statistics.median(m["episodes_per_second"] for m in mine),
         "phase_share": {
             phase: round(sum(m[f"{phase}_seconds"] for m in mine) / sum(m["seconds"] for m in mine), 3)

@@ -281,11 +281,27 @@ def test_weights_load_in_fp32(tiny_lm: Any, tmp_path: Path) -> None:
         load_causal_lm(str(tmp_path / "none"))
 
 
-def test_dropout_is_off_everywhere(tokenizer: Any) -> None:
-    model = new_causal_lm(
-        "GPT2Config", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}, tokenizer, 32
-    ).train()
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        ("GPT2Config", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}),
+        (
+            "LlamaConfig",  # its rate is a plain attribute of the attention, no module
+            {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "attention_dropout": 0.5,
+            },
+        ),
+    ],
+)
+def test_dropout_is_off_everywhere(tokenizer: Any, config: str, sizes: dict[str, Any]) -> None:
+    """A16: two passes in training mode are bit-equal; before, they differ."""
+    model = new_causal_lm(config, sizes, tokenizer, 32).train()
     ids = torch.arange(20)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
 
