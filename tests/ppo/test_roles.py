@@ -111,6 +111,10 @@ def test_adapters_train_nothing_but_themselves(policy: Path, tmp_path: Path) -> 
     }
     assert all(torch.equal(original[name], p) and p.grad is None for name, p in base.items() if name in original)
     assert len(base) >= 10
+    for adapter in ("default", "value"):  # LoRA's B starts at 0
+        moved = [p for name, p in roles.peft.named_parameters() if f"lora_B.{adapter}." in name]
+        assert moved
+        assert all(p.abs().max() > 0 for p in moved), f"{adapter} learns"
     trainable = {id(p) for parameters in roles.trained.values() for p in parameters}
     assert all(p.requires_grad == (id(p) in trainable) for p in roles.peft.parameters())
     adapter = tmp_path / "run" / "out" / "adapter" / "adapter_config.json"
