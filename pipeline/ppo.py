@@ -76,6 +76,7 @@ logger = logging.getLogger("pipeline.ppo")  # __name__ is __main__ under acceler
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 EVALUATION = 2**31  # seeds of evaluation samples lie apart from those of training
 BEST = "best.pt"
+BUCKET = 2**23  # gradients in one exchange between processes
 POLICY_FIGURES = ("policy_loss", "clip_fraction", "entropy", "ratio", "update_kl")
 VALUE_FIGURES = ("value_loss", "value_clip_fraction")
 SHOWN = 3  # sample answers in the log at an evaluation
@@ -708,17 +709,24 @@ class Loop:
         return self.reduce(total / tokens, 0.0)[0].item()
 
     def sum_gradients(self, trained: tuple[str, ...]) -> None:
-        """Add the gradients of all processes: losses are parts of one mean already."""
+        """Add the gradients of all processes, many in one exchange: losses are parts of one mean already."""
         if self.run.processes == 1:
             return
+        buckets: list[list[Tensor]] = [[]]
+        for parameter in (p for name in trained for p in self.roles.trained[name]):
+            if parameter.grad is None:  # no row of this minibatch fell to this process
+                parameter.grad = torch.zeros_like(parameter)
+            if sum(gradient.numel() for gradient in buckets[-1]) + parameter.numel() > BUCKET:
+                buckets.append([])
+            buckets[-1].append(parameter.grad)
         work = []
-        for name in trained:
-            for parameter in self.roles.trained[name]:
-                if parameter.grad is None:  # no row of this minibatch fell to this process
-                    parameter.grad = torch.zeros_like(parameter)
-                work.append(torch.distributed.all_reduce(parameter.grad, async_op=True))
-        for one in work:
-            one.wait()
+        for bucket in filter(None, buckets):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            work.append((bucket, flat, torch.distributed.all_reduce(flat, async_op=True)))
+        for bucket, flat, exchange in work:
+            exchange.wait()
+            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     def reduce(self, totals: Tensor, largest: float) -> tuple[Tensor, float]:
         """Sums and a maximum over processes."""
