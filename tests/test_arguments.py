@@ -137,6 +137,15 @@ def test_rewards_of_every_form(tmp_path: Path) -> None:
     assert both.reward == [RewardSource(model="r", weight=0.5), RewardSource(function="rubric:score")]
     flag: Any = load(STAGES["ppo"], [*write(tmp_path, SFT + "reward: r\n"), "--reward", "runs/x/reward"])
     assert flag.reward == [RewardSource(model="runs/x/reward")]
+    weighted: Any = load(STAGES["ppo"], [*write(tmp_path, SFT + "reward: r\n"), "--reward", "0.5*runs/x", "-2*m:f"])
+    assert weighted.reward == [RewardSource(model="runs/x", weight=0.5), RewardSource(function="m:f", weight=-2.0)]
+    assert [str(source) for source in weighted.reward] == ["0.5*runs/x", "-2*m:f"], "and back"
+    for stage, key in (
+        ("ppo", "reward"),
+        ("sft", "best_metric: score\neval_steps: 5\nsave_steps: 5\nlogging_steps: 5\nscore"),
+    ):
+        with pytest.raises(UserError, match="exactly one of `model:` and `function:`"):
+            load(STAGES[stage], write(tmp_path, SFT + f"{key}:\n  - weight: 1.0\n"))
 
 
 def test_a_resolved_recipe_is_a_recipe_again(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import CARDS, ROOT, environment, lineage, tiny_flags
+from conftest import CARDS, ROOT, environment, launch_command, lineage, tiny_flags
 from pipeline import ppo, pretrain, reward, sft
 from pipeline.arguments import STAGES
 from pipeline.models.loading import load_tokenizer
@@ -281,3 +281,70 @@ def test_the_true_exit_code_and_no_traceback(tmp_path: Path) -> None:
     assert run.returncode == 2
     assert "Traceback" not in run.stderr
     assert f"error: sft: parent '{tmp_path}/none' does not exist" in run.stderr
+
+
+def test_an_error_of_one_process_alone_is_told_once(chain: Path, recipes: Path, tmp_path: Path) -> None:
+    """A reward that fails on the second process's rows: all end, one line says why (through the file that `rlhf run` reads)."""
+    recipe = tmp_path / "ppo.yaml"
+    recipe.write_text((recipes / "ppo.yaml").read_text())
+    (tmp_path / "second_rank.py").write_text(
+        "import os\n\n\ndef score(prompts, responses, rows):\n"
+        "    return [float('nan') if os.environ['RANK'] == '1' else 1.0] * len(responses)\n"
+    )
+    changed = flags("ppo", chain, recipes, tmp_path, config=recipe, reward="second_rank:score", eval_rollouts=None)
+    told = tmp_path / "error.json"
+    done = subprocess.run(
+        launch_command("ppo", changed, 2),
+        env={**environment(), "RLHF_ERROR_FILE": str(told)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "scores must be finite" in json.loads(told.read_text())["message"]
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+
+
+def test_another_reward_is_another_run(
+    chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function's source belongs to what a run is: the finished folder is not taken for the changed reward's."""
+    module = tmp_path / "changing.py"
+    module.write_text("def score(prompts, responses, rows):\n    return [1.0] * len(responses)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changed = flags("ppo", chain, recipes, tmp_path, reward="changing:score", total_rollouts=1, eval_rollouts=None)
+    launch("ppo", STAGES["ppo"], ppo.main, changed)
+    launch("ppo", STAGES["ppo"], ppo.main, changed)
+    assert "already complete" in capsys.readouterr().out
+    module.write_text("def score(prompts, responses, rows):\n    return [2.0] * len(responses)\n")
+    assert "holds a finished run on other data or another parent" in refused(capsys, "ppo", changed)
+
+
+def test_a_module_that_breaks_is_named(
+    chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_module.py").write_text("def score(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    line = refused(capsys, "ppo", flags("ppo", chain, recipes, tmp_path, reward="broken_module:score"))
+    assert "module 'broken_module' fails when it is imported: SyntaxError" in line
+
+
+def test_half_a_surrogate_is_named(tmp_path: Path) -> None:
+    from pipeline.data.records import PARSERS, read_jsonl
+    from pipeline.errors import UserError
+
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "good \\ud83d\\ude00"}\n{"text": "bad \\ud83d"}\n')
+    with pytest.raises(UserError, match=r"data\.jsonl:2: holds half of a surrogate pair"):
+        read_jsonl(path, PARSERS["document"])
+
+
+def test_weights_that_are_no_safetensors(
+    chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    external = tmp_path / "external"
+    shutil.copytree(chain / "pretrain", external, ignore=shutil.ignore_patterns("lineage.json"))
+    (external / "model.safetensors").write_bytes(b"not weights")
+    line = refused(capsys, "sft", flags("sft", chain, recipes, tmp_path, parent=external))
+    assert "no model can be loaded from" in line

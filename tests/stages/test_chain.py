@@ -34,7 +34,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory, chain: Path, recipes: Path) -
         changes = {"examples_per_device": 4} if stage in ("pretrain", "sft") else {}
         launch(
             stage,
-            tiny_flags(stage, run, config=recipes / f"{stage}.yaml", report_to=None, **parents, **changes),
+            # A tracker ends the process group when it ends: PPO must be through with it by then.
+            tiny_flags(
+                stage,
+                run,
+                config=recipes / f"{stage}.yaml",
+                report_to="wandb" if stage == "ppo" else None,
+                **parents,
+                **changes,
+            ),
             processes=2,
         )
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -138,15 +139,20 @@ def test_the_report_has_every_figure(report: dict[str, Any]) -> None:
     assert set(report["lineage"]) == set(STAGES)
     assert report["notes"] == []
     pairs = {(row["candidate"], row["baseline"], row["judge"]) for row in report["win_rates"]}
-    assert pairs == {
-        (c, b, j) for c, b in (("sft", "pretrain"), ("ppo", "sft"), ("ppo", "pretrain")) for j in ("reward", "rubric")
-    }
+    names = ("pretrain", "sft", "best_of_8", "ppo")
+    assert pairs == {(c, b, j) for i, c in enumerate(names) for b in names[:i] for j in ("reward", "rubric")}
+    assert report["best_of_n"]["n"] == 8
+    assert report["best_of_n"]["kl"] == pytest.approx(math.log(8) - 7 / 8)
+    chosen = next(
+        r for r in report["win_rates"] if (r["candidate"], r["baseline"], r["judge"]) == ("best_of_8", "sft", "reward")
+    )
+    assert chosen["win_rate"] > 0.6, "the judge chose them itself"
     for row in report["win_rates"]:
         assert 0 <= row["ci95"][0] <= row["win_rate"] <= row["ci95"][1] <= 1
         assert row["prompts"] == 12
     assert len(report["samples"]) == 12
     for sample in report["samples"]:
-        assert set(sample["responses"]) == {"pretrain", "sft", "ppo"}
+        assert set(sample["responses"]) == set(names)
         assert set(sample["responses"]["ppo"]["scores"]) == {"reward", "rubric"}
     steps = [point["step"] for point in report["frontier"]]
     assert steps == [0, 3, 6]
@@ -212,6 +218,24 @@ def test_the_report_tells_of_changes(run: Path, tmp_path: Path) -> None:
     assert any("ppo: not finished" in note for note in notes)
     assert any("reward: was trained from another sft" in note for note in notes)
     assert "holds no finished stage" in rlhf("report", tmp_path / "report", code=2).stderr
+
+
+def test_a_stage_that_cannot_answer_is_a_note(run: Path, tmp_path: Path) -> None:
+    """One broken judge and one stage without a template: the report says so and tells the rest."""
+    for stage in STAGES:
+        shutil.copytree(run / stage, tmp_path / stage)
+    (tmp_path / "pretrain" / "chat_template.jinja").unlink()
+    rlhf("report", tmp_path, "--num-prompts", 4, "--best-of", 0, "--judge", "no_such_judge:score")
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert any("pretrain: does not answer here" in note for note in found["notes"])
+    assert any("judge no_such_judge:score" in note for note in found["notes"])
+    assert {(row["candidate"], row["baseline"]) for row in found["win_rates"]} == {("ppo", "sft")}
+    assert found["best_of_n"] is None
+
+
+def test_a_missing_accelerate_file_is_named(recipe: Path, tmp_path: Path) -> None:
+    done = rlhf("run", recipe, "--output-dir", tmp_path / "run", "--accelerate", tmp_path / "none.yaml", code=2)
+    assert "none.yaml: no accelerate config can be read there" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- check
