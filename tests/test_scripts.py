@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
 
 from baseline_trigram import KneserNeyTrigram
+from mutation_check import BUGS
 
 DOCUMENTS = [[0, 1, 2, 3, 1, 2, 4], [0, 1, 2, 4, 4, 1, 3], [0, 2, 1, 2, 4]]
 
@@ -40,3 +42,13 @@ def test_likelihood_counts_every_token_but_the_first() -> None:
     nll, tokens = KneserNeyTrigram(DOCUMENTS, 6).nll(DOCUMENTS)
     assert tokens == 6 + 6 + 4
     assert nll > 0
+
+
+def test_every_mutation_finds_its_place_and_its_test() -> None:
+    """`scripts/mutation_check.py` stays true as the code moves: each bug's text stands once, each test exists."""
+    assert len(BUGS) >= 25
+    assert len({bug.name for bug in BUGS}) == len(BUGS)
+    for bug in BUGS:
+        assert (ROOT / bug.file).read_text(encoding="utf-8").count(bug.old) == 1, bug.name
+        file, _, name = bug.test.partition("::")
+        assert f"def {name.split('[')[0]}(" in (ROOT / file).read_text(encoding="utf-8"), bug.test
