@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from baseline_trigram import KneserNeyTrigram
-from mutation_check import BUGS
+from mutation_check import BUGS, ROOT
 
 DOCUMENTS = [[0, 1, 2, 3, 1, 2, 4], [0, 1, 2, 4, 4, 1, 3], [0, 2, 1, 2, 4]]
 
