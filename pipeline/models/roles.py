@@ -90,7 +90,7 @@ class PolicyModel(nn.Module):
         """Log-probability and entropy of `tokens` after hidden states (n, width), a bounded number of logits at a time."""
         chunk = max(1, LOGITS_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
         n = len(tokens)
-        if hidden.device.type == "cpu":  # few shapes: oneDNN makes kernels for each (see ppo.Cut)
+        if hidden.device.type == "cpu":  # few shapes: oneDNN makes kernels for each (see `data.batching.Cut`)
             spare = -n % 64
             hidden, tokens = nn.functional.pad(hidden, (0, 0, 0, spare)), nn.functional.pad(tokens, (0, spare))
         pieces = list(zip(hidden.split(chunk), tokens.split(chunk), strict=True))

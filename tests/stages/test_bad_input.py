@@ -126,11 +126,12 @@ def external(source: Path, target: Path, tokenizer: Any) -> Path:
 def test_a_reward_model_with_another_tokenizer(
     chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a reward it scores text; as the value network's start it is refused."""
+    """As a reward it scores text; as the value network's start it is refused, if that is asked for."""
     other = copy.deepcopy(load_tokenizer(str(chain / "reward")))
     other.add_tokens(["zzz"])
     folder = external(chain / "reward", tmp_path / "reward", other)
-    line = refused(capsys, "ppo", flags("ppo", chain, recipes, tmp_path, reward=folder))
+    asked = flags("ppo", chain, recipes, tmp_path, reward=folder, value_init="reward")
+    line = refused(capsys, "ppo", asked)
     assert "value_init: reward needs the policy's tokenizer" in line
     assert "say `value_init: policy`" in line
 
