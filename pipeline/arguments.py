@@ -85,9 +85,7 @@ class RewardSource:
 
     def __str__(self) -> str:
         """The flag that gives this source."""
-        return (
-            f"{self.weight:g}*{self.model or self.function}" if self.weight != 1.0 else str(self.model or self.function)
-        )
+        return str(self.model or self.function) + (f"*{self.weight:g}" if self.weight != 1.0 else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -625,13 +623,13 @@ def _construct(node: yaml.Node) -> Any:
 
 
 def reward_source(text: str) -> RewardSource:
-    """`module:function` names a function, anything else a model (a path may hold no colon); `0.2*` before it is its weight."""
-    factor, star, name = text.partition("*")
+    """`module:function` names a function, anything else a model (a path may hold no colon); `*0.2` after it is its weight."""
+    name, star, factor = text.rpartition("*")
     try:
         weight = float(factor) if star else 1.0
     except ValueError:
-        weight, name, star = 1.0, text, ""
-    name = name if star else text
+        name, weight = text, 1.0
+    name = name or text
     if ":" in name and "/" not in name:
         return RewardSource(function=name, weight=weight)
     return RewardSource(model=name, weight=weight)

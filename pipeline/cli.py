@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     best.add_argument("--policy", required=True, help="folder or Hub id of the model that answers")
     best.add_argument(
-        "--reward", required=True, nargs="+", help="model folder or module:function, `0.2*` before it: weight"
+        "--reward", required=True, nargs="+", help="model folder or module:function, `*0.2` after it: weight"
     )
     best.add_argument("--prompts", required=True, metavar="FILE", help="JSONL with a column `prompt`")
     best.add_argument("--output", required=True, metavar="FILE", help="JSONL of prompt, response, score")

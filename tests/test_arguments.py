@@ -137,9 +137,9 @@ def test_rewards_of_every_form(tmp_path: Path) -> None:
     assert both.reward == [RewardSource(model="r", weight=0.5), RewardSource(function="rubric:score")]
     flag: Any = load(STAGES["ppo"], [*write(tmp_path, SFT + "reward: r\n"), "--reward", "runs/x/reward"])
     assert flag.reward == [RewardSource(model="runs/x/reward")]
-    weighted: Any = load(STAGES["ppo"], [*write(tmp_path, SFT + "reward: r\n"), "--reward", "0.5*runs/x", "-2*m:f"])
+    weighted: Any = load(STAGES["ppo"], [*write(tmp_path, SFT + "reward: r\n"), "--reward", "runs/x*0.5", "m:f*-2"])
     assert weighted.reward == [RewardSource(model="runs/x", weight=0.5), RewardSource(function="m:f", weight=-2.0)]
-    assert [str(source) for source in weighted.reward] == ["0.5*runs/x", "-2*m:f"], "and back"
+    assert [str(source) for source in weighted.reward] == ["runs/x*0.5", "m:f*-2"], "and back"
     for stage, key in (
         ("ppo", "reward"),
         ("sft", "best_metric: score\neval_steps: 5\nsave_steps: 5\nlogging_steps: 5\nscore"),

@@ -23,7 +23,10 @@ def bandit(prompt: str, text: str, stopped: bool) -> float:
     return {"a": 0.2, "b": 1.0, "c": -0.5, "d": 0.7}.get(text, 0.1 if prompt == "a" else 0.0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+LATER_SEEDS = [pytest.param(seed, marks=pytest.mark.full) for seed in SEEDS[1:]]
+
+
+@pytest.mark.parametrize("seed", [0, *LATER_SEEDS])
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.2])
 def test_d1_kl_bandit(tmp_path: Path, beta: float, seed: int) -> None:
     policy = make_policy(tmp_path / "sft", "abcdefgh", seed)
@@ -76,8 +79,8 @@ def sequences(prompt: str, text: str, stopped: bool) -> float:
     return 0.5 * text.count("b") - 0.4 * ("aa" in text) + 0.3 * (text == "cd") if stopped else -1.0
 
 
-@pytest.mark.parametrize("position", ["last", "after"])
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.full) for s in SEEDS[1:])])
+@pytest.mark.parametrize("position", ["last", pytest.param("after", marks=pytest.mark.full)])
+@pytest.mark.parametrize("seed", [0, *LATER_SEEDS])
 def test_d3_sequences_with_eos(tmp_path: Path, seed: int, position: str) -> None:
     """Responses of up to three tokens, those that do not stop get the missing-EOS score (A20, A23)."""
     beta = 0.5
@@ -90,7 +93,7 @@ def test_d3_sequences_with_eos(tmp_path: Path, seed: int, position: str) -> None
     assert distance(tmp_path / "run" / "out", policy, sequences, beta, 3) < 0.05
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [0, *LATER_SEEDS])
 def test_d4_token_x(tmp_path: Path, seed: int) -> None:
     beta = 0.5
     policy = make_policy(tmp_path / "sft", "abcdefgh", seed)
@@ -137,7 +140,7 @@ def test_d5_without_a_reward_a_perturbed_policy_returns(
     assert min(apart) > 0.1, "it did start elsewhere"
 
 
-@pytest.mark.parametrize(("start", "direction"), [(0.02, 1), (5.0, -1)])
+@pytest.mark.parametrize(("start", "direction"), [(0.02, 1), pytest.param(5.0, -1, marks=pytest.mark.full)])
 def test_d6_adaptive_kl_reaches_its_target(tmp_path: Path, start: float, direction: int) -> None:
     """From a penalty too small and one too large: the KL ends within 20 % of the target (A22)."""
     target = 0.4

@@ -11,7 +11,13 @@ from conftest import ROOT, STAGES, kill_when, launch, launch_command, lineage, t
 
 import pytest
 
-NOT_COMPARED = ("tokens_per_second", "model_flops_per_second", "seconds", "episodes_per_second")
+NOT_COMPARED = (
+    "tokens_per_second",
+    "model_flops_per_second",
+    "seconds",
+    "episodes_per_second",
+    "response_tokens_per_second",
+)
 
 
 def parents(stage: str, chain: Path) -> dict[str, Any]:
