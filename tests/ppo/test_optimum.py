@@ -88,7 +88,7 @@ def test_d3_sequences_with_eos(tmp_path: Path, seed: int, position: str) -> None
     assert distance(policy, policy, sequences, beta, 3) > 0.2
     train(
         tmp_path / "run", policy, SEQUENCES, kl_coef=beta, seed=seed, max_response_tokens=3, missing_eos="replace",
-        missing_eos_score=-1.0, total_rollouts=300, score_position=position,
+        missing_eos_score=-1.0, total_rollouts=500 if position == "after" else 300, score_position=position,
     )  # fmt: skip
     assert distance(tmp_path / "run" / "out", policy, sequences, beta, 3) < 0.05
 
