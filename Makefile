@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN ?= runs/demo
+# Of the tests; each has one thread.
+WORKERS ?= 2
 
 export WANDB_MODE ?= offline
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -23,10 +25,10 @@ demo: $(INSTALLED)
 	$(BIN)/rlhf report $(RUN)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest -m full
+	$(BIN)/python -m pytest -m full -n $(WORKERS) --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

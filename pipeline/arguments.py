@@ -251,15 +251,49 @@ class RewardArguments(AdapterArguments):
 
     center_on: list[DatasetEntry] = key([], "demonstrations whose mean score becomes 0")
     held_out_labelers: list[str] = key([], "labelers kept out of training, reported apart")
-    ties: Literal["drop", "half"] = key("drop", "pairs of equal rank: drop them (I22) or train towards 0.5")
+    labeler_folds: int | None = key(None, "K-fold over labelers (I22, 5 groups): labelers fall into so many groups …")
+    labeler_fold: int = key(0, "… and this one is kept out; `rlhf run --labeler-folds K` trains all")
+    ties: Literal["drop", "half", "margin"] = key(
+        "drop",
+        "pairs of equal rank: drop them (I22), train towards 0.5, or give ties a probability of their own (Rao and "
+        "Kupper 1967)",
+    )
+    tie_margin: float = key(0.5, "ties: margin: how far apart scores must lie for even odds on being told apart")
+    confidence: Literal["ignore", "target", "weight"] = key(
+        "ignore", "the records' `confidence`: probability that the preference is right, or weight of the record's loss"
+    )
+    label_smoothing: float = key(0.0, "probability that a preference was noted the wrong way round")
+    labeler_weights: dict[str, float] = key({}, "weight of a labeler's records in the loss; 1 where none is named")
+    group_by_length: bool = key(True, "batches of rankings of like length: less padding")
     truth: str | None = key(None, "module:function that knows the noiseless preference, for the noise ceiling")
     problems: Literal["drop", "error"] = key("drop", "records that cannot be trained on: drop and list, or refuse")
     head_std: float | None = key(None, "standard deviation of the new head; default 1/sqrt(hidden + 1) (S20)")
+    unit_variance_samples: int | None = key(
+        None, "scale scores to variance 1 over so many answers sampled from the parent (Z19: 256)"
+    )
     disable_dropout: bool = key(True, "no dropout while training (A16)")
     learning_rate: float = key(9e-6, "peak learning rate (I22: 9e-6)")
     held_out_fraction: float = key(0.1, "share of the prompts kept for evaluation, by hash")
 
-    ranges: ClassVar[dict[str, tuple[float, float]]] = AdapterArguments.ranges | {"head_std": (0, 10)}
+    ranges: ClassVar[dict[str, tuple[float, float]]] = AdapterArguments.ranges | {
+        "head_std": (0, 10),
+        "labeler_folds": (2, 1000),
+        "labeler_fold": (0, 999),
+        "tie_margin": (1e-3, 100),
+        "label_smoothing": (0, 0.499),
+        "unit_variance_samples": (16, 1_000_000),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labeler_folds is not None:
+            if self.held_out_labelers:
+                raise ValueError("labeler_folds chooses the held-out labelers; drop held_out_labelers, or the folds")
+            if self.labeler_fold >= self.labeler_folds:
+                raise ValueError(f"labeler_fold counts from 0 to labeler_folds - 1, {self.labeler_folds - 1}")
+        for name, weight in self.labeler_weights.items():
+            if not 0 < weight < 1e6:
+                raise ValueError(f"labeler_weights: {name}: {weight} must lie above 0 and below a million")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +305,12 @@ class PPOArguments(StageArguments):
 
     parent: str = key("", "folder or Hub id of the SFT model: policy and reference")
     reward: list[RewardSource] = key([], "what scores a response: models, functions, or a weighted list of both")
+    ensemble: Literal["sum", "mean", "lower"] = key(
+        "sum",
+        "several reward models: parts of a weighted sum; or opinions, of which the mean counts, or the mean less "
+        "ensemble_penalty standard deviations",
+    )
+    ensemble_penalty: float = key(1.0, "ensemble: lower: standard deviations between the models that are taken off")
     roles: Literal["separate", "shared_trunk", "adapters"] = key(
         "separate",
         "separate: policy, reference and value are networks of their own (S20); shared_trunk: a value head on the policy "
@@ -389,6 +429,7 @@ class PPOArguments(StageArguments):
         "warmup_rollouts": (0, 1e9),
         "adam_beta2": (0, 0.99999),
         "adam_epsilon": (0, 1),
+        "ensemble_penalty": (0, 100),
         "max_grad_norm": (1e-12, 1e9),
         "micro_batch_tokens": (1, 1e9),
         "generation_rows": (1, 1e6),
@@ -402,6 +443,12 @@ class PPOArguments(StageArguments):
             raise ValueError("parent is missing; name the SFT model's folder or Hub id")
         if not self.reward:
             raise ValueError("reward is missing; give a reward model's folder or a `function: module:name`")
+        models = [source for source in self.reward if source.model]
+        if self.ensemble != "sum" and (len(models) < 2 or len({source.weight for source in models}) > 1):
+            raise ValueError(
+                f"ensemble: {self.ensemble} needs two reward models or more, of one weight; train them with "
+                "`rlhf run RECIPE --to reward --reward-seeds 3`"
+            )
         if self.minibatches and self.prompts_per_rollout % self.minibatches:
             raise ValueError(
                 f"minibatches ({self.minibatches}) must divide prompts_per_rollout ({self.prompts_per_rollout})"

@@ -1,4 +1,4 @@
-"""`rlhf check`: is a recipe sane, before anything is launched: YAML, data, tokenizer, template, lengths, hand-offs."""
+"""`rlhf check RECIPE`: is it sane, before anything is launched: YAML, data, tokenizer, template, lengths, hand-offs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.data.records import Record
 from pipeline.data.sources import Source, read_sources
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
-from pipeline.models.loading import load_tokenizer
+from pipeline.models.loading import assign_template, load_tokenizer
 from pipeline.scoring import import_from, import_function
 
 from rich.console import Console
@@ -86,10 +86,7 @@ def _lengths(stage: str, source: Source, tokenizer: Any) -> list[int]:
     records = source.records
     if stage == "pretrain":
         return [len(ids) for ids in document_ids(tokenizer, [r["text"] for r in records])]
-    if not tokenizer.chat_template:
-        from pipeline.data.encoding import PLAIN_TEMPLATE
-
-        tokenizer.chat_template = PLAIN_TEMPLATE
+    assign_template(tokenizer)
     encoder = ChatEncoder(tokenizer)
     return [_length(stage, record, encoder) for record in records]
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import pipeline
 from pipeline.errors import UserError
+from pipeline.hashing import sha256_file, sha256_json
 from pipeline.metrics import history
 
 LINEAGE = "lineage.json"
@@ -32,15 +33,6 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "bitsandbytes", "evaluate")
 # What a run may change without becoming another run: where it writes and how it talks, not what it computes.
 NOT_INPUTS = ("output_dir", "data_root", "report_to", "run_name", "quiet", "threads", "keep_checkpoints", "save_steps")
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

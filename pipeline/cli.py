@@ -27,11 +27,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_argument("--data-root", help="what relative dataset paths are relative to")
     run.add_argument("--parent", help="model that the first stage starts from, instead of the recipe's")
     run.add_argument("--seed", type=int, help="seed of every stage, instead of the recipe's")
+    run.add_argument("--reward-seeds", type=int, metavar="K", help="train K reward models, to <reward>-seed-1 …")
+    run.add_argument(
+        "--labeler-folds", type=int, metavar="K", help="train K reward models, each without one group of labelers"
+    )
     run.add_argument("--quiet", action="store_true", help="summary lines and warnings only")
 
-    check = commands.add_parser("check", help="validate a recipe: YAML, data, tokenizer, template, lengths")
-    check.add_argument("recipe", help="recipe folder, or one stage's YAML")
-    check.add_argument("--data-root", default=None, help="what relative dataset paths are relative to")
+    check = commands.add_parser("check", help="validate a recipe, or survey a file of comparisons")
+    check.add_argument(
+        "target", help="recipe folder, or one stage's YAML; or comparisons: a .jsonl, .jsonl.gz, .parquet, card folder"
+    )
+    check.add_argument("--data-root", default=None, help="recipe: what relative dataset paths are relative to")
+    check.add_argument("--tokenizer", metavar="DIR", help="comparisons: count tokens with this tokenizer")
+    check.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="comparisons: files whose prompts should not be in them",
+    )
+    check.add_argument(
+        "--column", action="append", default=[], metavar="OURS=THEIRS", help="comparisons: a column of another name"
+    )
+    check.add_argument("--split", default="train", help="comparisons: split of a card folder")
+    check.add_argument("--held-out-fraction", type=float, default=0.1, help="comparisons: share of the hash split")
+    check.add_argument("--seed", type=int, default=0, help="comparisons: of the samples")
+    check.add_argument("--json", action="store_true", help="comparisons: print JSON")
+
+    score = commands.add_parser("score", help="write a reward model's scores beside the rows of a file")
+    score.add_argument("file", help="JSONL of demonstrations, comparisons or rankings")
+    score.add_argument("--reward", required=True, metavar="DIR", help="folder or Hub id of a reward model")
+    score.add_argument("--output", metavar="FILE", help="default: the file's name with .scored.jsonl")
+    score.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="a column of another name")
 
     report = commands.add_parser("report", help="measure a run and write report/report.json and report/index.html")
     report.add_argument("run_dir", help="folder that holds the stages' outputs, e.g. runs/demo")
@@ -77,11 +104,30 @@ def _dispatch(args: argparse.Namespace) -> int:
 
         return run_recipe(args)
     if args.command == "check":
+        from pipeline.check_data import check_data, is_data
+
+        if is_data(args.target):
+            return check_data(
+                args.target,
+                args.tokenizer,
+                args.against,
+                args.column,
+                args.json,
+                args.held_out_fraction,
+                args.split,
+                args.seed,
+            )
         from pipeline.check import check_recipe
         from pipeline.stage import quiet_libraries
 
         quiet_libraries()
-        return check_recipe(args.recipe, args.data_root)
+        return check_recipe(args.target, args.data_root)
+    if args.command == "score":
+        from pipeline.score_file import score_file
+        from pipeline.stage import quiet_libraries
+
+        quiet_libraries()
+        return score_file(args.file, args.reward, args.output, args.column)
     if args.command == "best-of":
         from pipeline.arguments import reward_source
         from pipeline.best_of_n import write_demonstrations

@@ -57,6 +57,7 @@ from pipeline.rollout import (
     row_uniforms,
 )
 from pipeline.scoring import (
+    DISAGREEMENT,
     Scorer,
     build_scorer,
     call_function,
@@ -135,7 +136,7 @@ def main(run: Run[PPOArguments]) -> None:
     set_seed(args.seed)
     roles = build_roles(args, parent, reward_parents, encoder, accelerator.device)
     loaded = {roles.reward_path: roles.reward} if isinstance(roles, AdapterRoles) and roles.reward else {}
-    scorer = build_scorer(args.reward, encoder, accelerator.device, loaded)
+    scorer = build_scorer(args.reward, encoder, accelerator.device, loaded, args.ensemble, args.ensemble_penalty)
     loop = Loop(run, accelerator, roles, encoder, scorer, judges, blocks, state)
     if checkpoint:
         loop.load(checkpoint)
@@ -265,6 +266,7 @@ def refuse_metric(args: PPOArguments, judges: list[str]) -> None:
     """`best_metric` names what evaluations will measure, or the run ends before it starts."""
     models = [source for source in args.reward if source.model is not None]
     parts = [s.function if s.model is None else "reward_model" if len(models) == 1 else s.model for s in args.reward]
+    parts += [DISAGREEMENT] if args.ensemble != "sum" else []
     known = ["score", *judges, *(f"score_{part}" for part in parts)]
     if args.best_metric is not None and args.best_metric not in known:
         raise UserError(f"best_metric: no evaluation measures {args.best_metric!r}; one of {', '.join(known)}")

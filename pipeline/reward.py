@@ -9,25 +9,37 @@ loss (I22, section 3.5). A comparison is a ranking of two. Scores are centred so
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.algorithms.preference import ranking_loss
 from pipeline.arguments import RewardArguments
 from pipeline.checkpoints import tokenizer_hashes, verify_parent
+from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
-from pipeline.data.comparisons import pairs_of, sift, summary
-from pipeline.data.encoding import PLAIN_TEMPLATE, ChatEncoder
+from pipeline.data.comparisons import digest, pairs_of, sift, summary
+from pipeline.data.encoding import ChatEncoder, forbidden_ids
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources, replace_records
-from pipeline.data.splits import split_records
+from pipeline.data.splits import is_held_out, labeler_folds
+from pipeline.data.spool import SpooledRecords, arrow_rows
 from pipeline.errors import UserError
-from pipeline.metrics import PairAccuracy
-from pipeline.models.adapters import lora_config, save_merged
-from pipeline.models.loading import assign_pad, disable_dropout, load_tokenizer, refuse_beyond_context
-from pipeline.models.scalar_head import init_head, load_scalar_model, score_ids, set_offset
-from pipeline.scoring import call_function, import_function, source_sha256
+from pipeline.judging import measure
+from pipeline.models.adapters import lora_config, save_merged, scale_adapter_head
+from pipeline.models.loading import (
+    assign_pad,
+    assign_template,
+    disable_dropout,
+    fit_embeddings,
+    load_causal_lm,
+    load_tokenizer,
+    refuse_beyond_context,
+)
+from pipeline.models.scalar_head import init_head, load_scalar_model, scale_head, score_ids, set_offset
+from pipeline.rollout import LocalEngine, row_uniforms
+from pipeline.scoring import import_function, source_sha256
 from pipeline.stage import Run, launch, refuse_sharded
 from pipeline.training import (
     StageTrainer,
@@ -51,7 +63,7 @@ def main(run: Run[RewardArguments]) -> None:
     args = run.args
     refuse_sharded("reward scores in whole models")
     parent = verify_parent(args.parent, ("pretrain", "sft", "reward", "ppo"))
-    sources = read_sources(args.datasets, "ranking", args.data_root)
+    sources = read_sources(args.datasets, "ranking", args.data_root, spool=True)
     demonstrations = read_sources(args.center_on, "demonstration", args.data_root)
     truth = import_function(args.truth) if args.truth else None
     tokenizer = load_tokenizer(parent.path)
@@ -66,15 +78,13 @@ def main(run: Run[RewardArguments]) -> None:
     if run.already_done():
         return
     sources = [_sift(source, args) for source in sources]
-    records = [record for source in sources for record in source.records]
-    trained, held_out, outsiders = _split(records, args)
+    split = _split(sources, args)
 
     set_seed(args.seed)
     model = load_scalar_model(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        logger.warning("reward: the parent has no chat template; a plain one was assigned and is saved")
+    if note := assign_template(tokenizer):
+        logger.warning("reward: %s", note)
     if note := assign_pad(tokenizer, model):
         logger.warning("reward: %s", note)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -87,28 +97,32 @@ def main(run: Run[RewardArguments]) -> None:
         logger.warning("reward: %.3g epochs; comparisons overfit past the first (I22)", args.epochs)
 
     encoder = ChatEncoder(tokenizer)
-    rows, eval_rows, outsider_rows = (
-        encode(encoder, part, args, name)
-        for part, name in ((trained, "training"), (held_out, "held-out"), (outsiders, "held-out labelers'"))
-    )
-    if not rows or not eval_rows:
+    rows, eval_rows, outsider_rows = _encode_all(encoder, sources, split, args)
+    if not len(rows) or not eval_rows:
         raise UserError(
             f"{len(rows)} rankings to train on and {len(eval_rows)} held out; both are needed: "
             "raise max_tokens, change held_out_fraction or give more rankings"
         )
+    pairs = sum(rows["num_pairs"])
     trainer = RankingTrainer(
         model=model,
-        args=training_arguments(RewardConfig, run, disable_dropout=False, max_length=None),
-        train_dataset=datasets.Dataset.from_list([_tensors_only(row) for row in rows]),
-        eval_dataset=datasets.Dataset.from_list([_tensors_only(row) for row in eval_rows]),
+        args=training_arguments(
+            RewardConfig,
+            run,
+            disable_dropout=False,
+            max_length=None,
+        ),
+        train_dataset=rows,
+        eval_dataset=datasets.Dataset.from_list([tensors_only(row) for row in eval_rows], features=FEATURES),
         data_collator=RankingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         peft_config=lora_config(model, args.lora, "SEQ_CLS") if args.lora else None,
     )
+    trainer.tie_margin = args.tie_margin if args.ties == "margin" else 0.0
+    if args.group_by_length:
+        trainer.order = LengthGroupedSampler(rows["length"], args.examples_per_step, args.seed)
     prepare_trainer(trainer, run)
-    logger.info(
-        "reward: %d rankings with %d pairs, %d held out", len(rows), sum(len(r["pairs"]) for r in rows), len(eval_rows)
-    )
+    logger.info("reward: %d rankings with %d pairs, %d held out", len(rows), pairs, len(eval_rows))
     resumed = train(trainer, run)
 
     if args.lora is None:
@@ -118,15 +132,18 @@ def main(run: Run[RewardArguments]) -> None:
         save_merged(trained, load_scalar_model(parent.path), tokenizer, Path(args.output_dir))
     run.barrier()
     final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
-    offset = _demonstration_mean(final, encoder, demonstrations, args, run)
     if run.is_main:
+        scale = _unit_variance(final, encoder, parent.path, sources, split, args)
+        offset = _demonstration_mean(final, encoder, demonstrations, args, run)
         set_offset(final, offset)
-        final.config.save_pretrained(args.output_dir)
         metrics = measure(final, tokenizer.pad_token_id, eval_rows, outsider_rows, truth, args.truth)
+        final.config.score_temperature = metrics.get("temperature", 1.0)
+        final.config.save_pretrained(args.output_dir)
         metrics |= {
             "score_offset": offset,
+            "score_scale": scale,
             "rankings": len(rows),
-            "pairs": sum(len(r["pairs"]) for r in rows),
+            "pairs": pairs,
             "steps": trainer.state.global_step,
         }
         scores = metrics["scores"]
@@ -159,6 +176,12 @@ def _summary(metrics: dict[str, Any]) -> str:
 class RankingTrainer(StageTrainer, RewardTrainer):
     """RewardTrainer on whole rankings: every response scored once, all pairs of a prompt in one element."""
 
+    tie_margin = 0.0
+    order: LengthGroupedSampler | None = None  # of the training rows, instead of a random one
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.order or super()._get_train_sampler(train_dataset)
+
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # encoded already
 
@@ -174,6 +197,8 @@ class RankingTrainer(StageTrainer, RewardTrainer):
             inputs["margin"],
             inputs["pair_weight"],
             inputs["prompts"],
+            inputs["tie"],
+            self.tie_margin,
         )
         return (loss, outputs) if return_outputs else loss
 
@@ -189,7 +214,7 @@ class RankingTrainer(StageTrainer, RewardTrainer):
                 if not counts:
                     continue
                 difference = outputs.logits[batch["better"], 0] - outputs.logits[batch["worse"], 0]
-                strict = batch["target"] != 0.5
+                strict = ~batch["tie"]
                 right = ((difference > 0).double() + 0.5 * (difference == 0).double())[strict].sum()
                 prompts = batch["prompts"].item()
                 sums += torch.tensor([loss.item() * prompts, prompts, right.item(), strict.sum().item()])
@@ -214,56 +239,183 @@ def _sift(source: Source, args: RewardArguments) -> Source:
                 line=line,
             )
         logger.warning("reward: %s", summary(problems, source.location))
-    return replace_records(source, kept)
+    assert isinstance(source.records, SpooledRecords)
+    return replace_records(source, source.records.select(kept))
 
 
-def _split(records: list[Record], args: RewardArguments) -> tuple[list[Record], list[Record], list[Record]]:
-    """(training, held-out prompts by training labelers, held-out prompts by held-out labelers)."""
-    labelers = {record.get("labeler") for record in records}
-    for name in args.held_out_labelers:
-        if name not in labelers:
-            known = ", ".join(sorted(str(x) for x in labelers if x)) or "none"
-            raise UserError(f"held_out_labelers: no ranking by {name!r}; labelers: {known}")
-    insiders = [r for r in records if r.get("labeler") not in args.held_out_labelers]
-    outsiders = [r for r in records if r.get("labeler") in args.held_out_labelers]
-    trained, held_out = split_records(insiders, args.held_out_fraction)
+@dataclass
+class Split:
+    """Where each record of all sources goes: (source, position) in reading order."""
+
+    trained: list[tuple[int, int]] = field(default_factory=list)
+    held_out: list[tuple[int, int]] = field(default_factory=list)  # unseen prompts, labelers of the training data
+    outsiders: list[tuple[int, int]] = field(default_factory=list)  # unseen prompts, labelers kept out
+    kept_out: list[str] = field(default_factory=list)  # those labelers
+
+
+def _split(sources: list[Source], args: RewardArguments) -> Split:
+    """By labeler, then by the record's own `split` or its prompt's hash."""
+    labelers = {record.get("labeler") for source in sources for record in source.records}
+    known = sorted(str(name) for name in labelers if name)
+    for key, names in (("held_out_labelers", args.held_out_labelers), ("labeler_weights", args.labeler_weights)):
+        for name in names:
+            if name not in labelers:
+                raise UserError(f"{key}: no ranking by {name!r}; labelers: {', '.join(known) or 'none'}")
+    split = Split(kept_out=list(args.held_out_labelers))
+    if args.labeler_folds is not None:
+        folds = labeler_folds(known, args.labeler_folds)
+        split.kept_out = folds[args.labeler_fold]
+        logger.info("reward: fold %d of %d keeps out %s", args.labeler_fold, len(folds), ", ".join(split.kept_out))
+    seen: set[bytes] = set()
+    strangers: list[tuple[int, int, bytes]] = []
+    for number, source in enumerate(sources):
+        for position, record in enumerate(source.records):
+            prompt = digest(repr(record["prompt"]))
+            if record.get("labeler") in split.kept_out:
+                strangers.append((number, position, prompt))
+            elif is_held_out(record, args.held_out_fraction):
+                split.held_out.append((number, position))
+            else:
+                seen.add(prompt)
+                split.trained.append((number, position))
     # An outsider may have ranked a prompt that insiders trained on; only prompts unseen in training count for him.
-    seen = {repr(r["prompt"]) for r in trained}
-    return trained, held_out, [r for r in outsiders if repr(r["prompt"]) not in seen]
+    split.outsiders = [(number, position) for number, position, prompt in strangers if prompt not in seen]
+    return split
 
 
-def encode(encoder: ChatEncoder, records: list[Record], args: RewardArguments, name: str) -> list[dict[str, Any]]:
-    """Token ids of every response with its prompt, and the pairs; rankings that are too long are counted and left out."""
-    rows, too_long = [], []
+# Rows as the collator takes them; `length` and `num_pairs` are for batching and counting.
+FEATURES = datasets.Features(
+    {
+        "ids": datasets.List(datasets.List(datasets.Value("int32"))),
+        "pairs": datasets.List(
+            {
+                "better": datasets.Value("int32"),
+                "worse": datasets.Value("int32"),
+                "target": datasets.Value("float32"),
+                "tie": datasets.Value("bool"),
+            }
+        ),
+        "margin": datasets.Value("float32"),
+        "weight": datasets.Value("float32"),
+        "length": datasets.Value("int32"),
+        "num_pairs": datasets.Value("int32"),
+    }
+)
+
+
+def tensors_only(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in FEATURES}
+
+
+def _encode_all(
+    encoder: ChatEncoder, sources: list[Source], split: Split, args: RewardArguments
+) -> tuple[datasets.Dataset, list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training rows on disk, held-out rows, held-out labelers' rows)."""
+
+    def records(part: list[tuple[int, int]]) -> Iterator[Record]:
+        return (sources[number].records[position] for number, position in part)
+
+    rows = arrow_rows(map(tensors_only, encode(encoder, records(split.trained), args, "training")), FEATURES)
+    held_out = list(encode(encoder, records(split.held_out), args, "held-out"))
+    return rows, held_out, list(encode(encoder, records(split.outsiders), args, "held-out labelers'"))
+
+
+def encode(
+    encoder: ChatEncoder, records: Iterable[Record], args: RewardArguments, name: str
+) -> Iterator[dict[str, Any]]:
+    """Token ids of every response with its prompt, and the pairs; rankings that are too long are counted and left out.
+
+    Raises:
+        UserError: a confidence that the recipe's use of it does not allow.
+    """
+    too_long, total = [], 0
     for record in records:
+        total += 1
         prompt = encoder.prompt_ids(record["prompt"])
         ids = [prompt + encoder.response_ids(response) for response in record["responses"]]
         if max(map(len, ids)) > args.max_tokens:
             too_long.append(record["line"])
             continue
-        rows.append(
-            {
-                "ids": ids,
-                "pairs": pairs_of(record["ranks"], args.ties),
-                "margin": float(record.get("margin", 0.0)),
-                "record": record,
-            }
-        )
+        target, weight = _trust(record, args)
+        pairs = pairs_of(record["ranks"], args.ties, target)
+        yield {
+            "ids": ids,
+            "pairs": pairs,
+            "margin": float(record.get("margin", 0.0)),
+            "weight": weight,
+            "length": max(map(len, ids)),
+            "num_pairs": len(pairs),
+            "prompt_tokens": len(prompt),
+            "record": record,
+        }
     if too_long:
         lines = ", ".join(map(str, too_long[:5])) + (", …" if len(too_long) > 5 else "")
         logger.warning(
             "reward: %d of %d %s rankings hold a text over max_tokens (%d) and are left out (lines %s)",
             len(too_long),
-            len(records),
+            total,
             name,
             args.max_tokens,
             lines,
         )
-    return rows
 
 
-def _tensors_only(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("ids", "pairs", "margin")}
+def _trust(record: Record, args: RewardArguments) -> tuple[float, float]:
+    """(target of the record's strict pairs, weight of its loss)."""
+    target, weight = 1.0, args.labeler_weights.get(record.get("labeler", ""), 1.0)
+    confidence = record.get("confidence")
+    if confidence is not None and args.confidence == "target":
+        if not 0.5 <= confidence <= 1:
+            raise UserError(
+                f"line {record['line']}: confidence {confidence} is no probability of being right (0.5 to 1); "
+                "say `confidence: weight` or `ignore`"
+            )
+        target = float(confidence)
+    if confidence is not None and args.confidence == "weight":
+        if confidence < 0:
+            raise UserError(
+                f"line {record['line']}: confidence {confidence} cannot weigh a record; it must be 0 or more"
+            )
+        weight *= float(confidence)
+    smoothing = args.label_smoothing
+    return target * (1 - smoothing) + (1 - target) * smoothing, weight
+
+
+def _unit_variance(
+    model: Any, encoder: ChatEncoder, policy: str, sources: list[Source], split: Split, args: RewardArguments
+) -> float:
+    """Scale the head so that scores of the parent's own answers have variance 1 (Z19); returns the factor."""
+    if args.unit_variance_samples is None:
+        return 1.0
+    prompts: dict[bytes, Any] = {}
+    for number, position in split.trained:
+        record = sources[number].records[position]
+        prompts.setdefault(digest(repr(record["prompt"])), record["prompt"])
+        if len(prompts) == args.unit_variance_samples:
+            break
+    ids = [encoder.prompt_ids(prompt) for prompt in prompts.values()]
+    room = args.max_tokens - max(map(len, ids))
+    if room < 1:
+        raise UserError("unit_variance_samples: the prompts leave no room under max_tokens for an answer")
+    answering = load_causal_lm(policy).to(next(model.parameters()).device).eval()
+    tokenizer = encoder.tokenizer
+    fit_embeddings(answering, len(tokenizer))
+    engine = LocalEngine(
+        max_new_tokens=room,
+        stop_ids=[encoder.eos_id],
+        pad_id=tokenizer.pad_token_id,
+        forbidden=forbidden_ids(tokenizer, answering.config.get_text_config().vocab_size),
+    )
+    answers = engine.responses(answering, ids, row_uniforms(args.seed, range(len(ids)), room))
+    std = score_ids(model, [p + a for p, a in zip(ids, answers, strict=True)], tokenizer.pad_token_id).std().item()
+    if not std > 0:
+        raise UserError("unit_variance_samples: all answers of the parent score alike; leave the key out")
+    scale_head(model, 1 / std)
+    model.save_pretrained(args.output_dir)
+    if args.lora is not None:
+        scale_adapter_head(Path(args.output_dir) / "adapter", 1 / std)
+    logger.info("reward: scores divided by %.3f, their deviation over %d answers of the parent", std, len(ids))
+    return 1 / std
 
 
 def _demonstration_mean(
@@ -287,65 +439,6 @@ def _demonstration_mean(
         return 0.0
     set_offset(model, 0.0)
     return float(score_ids(model, rows, encoder.tokenizer.pad_token_id).double().mean())
-
-
-def measure(
-    model: Any,
-    pad_id: int,
-    held_out: list[dict[str, Any]],
-    outsiders: list[dict[str, Any]],
-    truth: Callable[..., Any] | None,
-    truth_name: str | None,
-) -> dict[str, Any]:
-    """Held-out accuracy with its interval over prompts, by labeler, and what the labelers' noise would allow."""
-    judged = _judge(model, pad_id, held_out)
-    overall = _accuracy(judged)
-    metrics: dict[str, Any] = {
-        "accuracy": overall["accuracy"],
-        "accuracy_ci95": overall["ci95"],
-        "held_out_pairs": overall["pairs"],
-    }
-    flat = torch.tensor([s for j in judged for s in j["scores"]])
-    metrics["scores"] = {"mean": float(flat.mean()), "std": float(flat.std())}
-    everyone = judged + (_judge(model, pad_id, outsiders) if outsiders else [])
-    by_labeler: dict[str, list[dict[str, Any]]] = {}
-    for item in everyone:
-        by_labeler.setdefault(item["record"].get("labeler", "unnamed"), []).append(item)
-    metrics["accuracy_by_labeler"] = {name: _accuracy(items)["accuracy"] for name, items in sorted(by_labeler.items())}
-    if outsiders:
-        metrics["held_out_labeler_accuracy"] = _accuracy(everyone[len(judged) :])["accuracy"]
-    if truth is not None and truth_name is not None:
-        for item in everyone:
-            record = item["record"]
-            prompt = record["prompt"][-1]["content"]
-            n = len(record["responses"])
-            item["scores"] = call_function(truth, truth_name, [prompt] * n, record["responses"], [record["row"]] * n)
-        metrics["noise_ceiling"] = _accuracy(judged)["accuracy"]
-        metrics["noise_ceiling_by_labeler"] = {
-            name: _accuracy(items)["accuracy"] for name, items in sorted(by_labeler.items())
-        }
-    return metrics
-
-
-def _judge(model: Any, pad_id: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    flat = score_ids(model, [ids for row in rows for ids in row["ids"]], pad_id).tolist()
-    judged, start = [], 0
-    for row in rows:
-        judged.append({"record": row["record"], "pairs": row["pairs"], "scores": flat[start : start + len(row["ids"])]})
-        start += len(row["ids"])
-    return judged
-
-
-def _accuracy(judged: list[dict[str, Any]]) -> dict[str, Any]:
-    better, worse, groups = [], [], []
-    for index, item in enumerate(judged):
-        for pair in item["pairs"]:
-            if pair["target"] != 0.5:
-                better.append(item["scores"][pair["better"]])
-                worse.append(item["scores"][pair["worse"]])
-                groups.append(index)
-    found: dict[str, Any] = PairAccuracy()._compute(better, worse, groups)
-    return found
 
 
 if __name__ == "__main__":

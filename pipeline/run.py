@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from pipeline.errors import UserError
 from pipeline.stage import ERROR_FILE, TERMINAL, cpu_cores
 
 import yaml
+from rich.console import Console
+from rich.table import Table
 
 PIPELINE = Path(__file__).resolve().parent
 
@@ -31,6 +34,10 @@ def run_recipe(args: argparse.Namespace) -> int:
         if name is not None and name not in stages:
             raise UserError(f"{str(folder)!r} has no stage {name!r}; it has: {', '.join(stages)}")
     recipes = {name: read_recipe(folder / f"{name}.yaml", STAGES[name])[0] for name in stages}
+    if args.labeler_folds and (args.reward_seeds or (args.last or stages[-1]) != "reward"):
+        raise UserError(
+            "--labeler-folds trains reward models to compare, none for PPO: say --to reward, and no --reward-seeds"
+        )
     first = stages.index(args.first) if args.first else 0
     last = stages.index(args.last) if args.last else len(stages) - 1
     if first > last:
@@ -44,14 +51,51 @@ def run_recipe(args: argparse.Namespace) -> int:
         flags = stage_flags(name, recipes[name], outputs[name], moved, args)
         if args.parent and position == 0:
             flags += ["--parent", args.parent]
-        code = launch_stage(name, ["--config", str(folder / f"{name}.yaml"), *flags], args)
-        if code:
-            return code
-        lineage = read_lineage(Path(outputs[name]))
-        if lineage is None or lineage["status"] != "complete":
-            print(f"error: {name} ended without a complete lineage.json in {outputs[name]}", file=sys.stderr)
-            return 1
+        for output, more in variants(name, outputs[name], recipes[name].get("seed", 0), args):
+            again = [*flags, "--output_dir", output, *more]
+            code = launch_stage(name, ["--config", str(folder / f"{name}.yaml"), *again], args)
+            if code:
+                return code
+            lineage = read_lineage(Path(output))
+            if lineage is None or lineage["status"] != "complete":
+                print(f"error: {name} ended without a complete lineage.json in {output}", file=sys.stderr)
+                return 1
+        if name == "reward":
+            compare_rewards([folder for folder, _ in variants(name, outputs[name], 0, args)])
     return 0
+
+
+def variants(name: str, output: str, seed: int, args: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """(folder, flags) of each time that a stage runs: the reward stage once a seed, or once a group of labelers."""
+    if name == "reward" and args.labeler_folds:
+        number = args.labeler_folds
+        return [
+            (f"{output}-fold-{fold}", ["--labeler_folds", str(number), "--labeler_fold", str(fold)])
+            for fold in range(number)
+        ]
+    if name == "reward" and args.reward_seeds and args.reward_seeds > 1:
+        first = seed if args.seed is None else args.seed
+        others = range(1, args.reward_seeds)
+        return [(output, []), *((f"{output}-seed-{n}", ["--seed", str(first + n)]) for n in others)]
+    return [(output, [])]
+
+
+def compare_rewards(folders: list[str]) -> None:
+    """The figures of all reward models of a run, on the held-out prompts: own labelers' and those kept out (I22, table 11)."""
+    if len(folders) < 2:
+        return
+    table = Table("reward model", "accuracy", "kept-out labelers", title="held-out prompts", title_justify="left")
+    columns: list[list[float]] = [[], []]
+    for folder in folders:
+        lineage = read_lineage(Path(folder))
+        assert lineage is not None
+        figures = [lineage["metrics"].get(key) for key in ("accuracy", "held_out_labeler_accuracy")]
+        for column, value in zip(columns, figures, strict=True):
+            column += [] if value is None else [value]
+        table.add_row(folder, *("—" if value is None else f"{value:.1%}" for value in figures))
+    spread = [f"{statistics.mean(c):.1%} ± {statistics.stdev(c):.1%}" if len(c) > 1 else "—" for c in columns]
+    table.add_row("mean ± standard deviation", *spread)
+    Console(highlight=False).print(table)
 
 
 def stage_flags(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.checkpoints import Parent, sha256_file, tokenizer_hashes, verify_parent
+from pipeline.checkpoints import Parent, tokenizer_hashes, verify_parent
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
+from pipeline.hashing import sha256_file
 from pipeline.models.loading import load_tokenizer, require_pad, set_pad
 from pipeline.models.scalar_head import load_scalar_model, refuse_other_heads, score_ids
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
 ROOT = Path(__file__).resolve().parent.parent
+DISAGREEMENT = "disagreement"
 
 
 class SourceSpec(Protocol):
@@ -58,11 +60,18 @@ class Part:
 
 
 class Scorer:
-    """Scores responses given as token ids of the policy's tokenizer."""
+    """Scores responses given as token ids of the policy's tokenizer.
 
-    def __init__(self, parts: list[Part], encoder: ChatEncoder):
+    Args:
+        ensemble: "sum" adds all parts by their weights; "mean" and "lower" take the parts that are models for several
+            opinions of one thing, and count their mean, or their mean less `penalty` standard deviations
+            (Coste et al. 2024), once; `disagreement`, their standard deviation, is then a part of its own in the figures.
+    """
+
+    def __init__(self, parts: list[Part], encoder: ChatEncoder, ensemble: str = "sum", penalty: float = 1.0):
         self.parts = parts
         self.encoder = encoder
+        self.ensemble, self.penalty = ensemble, penalty
 
     def __call__(
         self,
@@ -90,7 +99,13 @@ class Scorer:
                         f"reward {name!r} gave {value} for prompt {shorten(prompts[index][-1]['content'])}, "
                         f"response {shorten(texts[index])}; scores must be finite"
                     )
-        total = sum((part.weight * found[part.name] for part in self.parts), torch.zeros(len(response_ids)))
+        members = [] if self.ensemble == "sum" else [part for part in self.parts if part.parent is not None]
+        summed = [part for part in self.parts if part not in members]
+        total = sum((part.weight * found[part.name] for part in summed), torch.zeros(len(response_ids)))
+        if members:
+            opinions = torch.stack([part.weight * found[part.name] for part in members])
+            found[DISAGREEMENT] = opinions.std(0, unbiased=False)
+            total = total + opinions.mean(0) - (self.penalty if self.ensemble == "lower" else 0.0) * found[DISAGREEMENT]
         return Scores(total, found)
 
 
@@ -105,7 +120,12 @@ def identity(sources: Sequence[SourceSpec]) -> list[Any]:
 
 
 def build_scorer(
-    sources: Sequence[SourceSpec], encoder: ChatEncoder, device: torch.device, loaded: Mapping[str, Any] | None = None
+    sources: Sequence[SourceSpec],
+    encoder: ChatEncoder,
+    device: torch.device,
+    loaded: Mapping[str, Any] | None = None,
+    ensemble: str = "sum",
+    penalty: float = 1.0,
 ) -> Scorer:
     """Load and verify every reward model and function of a recipe; `loaded`: models that are there already, by path."""
     named = [source.model or source.function for source in sources]
@@ -123,7 +143,7 @@ def build_scorer(
         else:
             assert source.function is not None
             parts.append(_function_part(source.function, source.weight))
-    return Scorer(parts, encoder)
+    return Scorer(parts, encoder, ensemble, penalty)
 
 
 def _model_part(
@@ -220,16 +240,27 @@ def judge_labels(names: Sequence[str]) -> dict[str, str]:
     }
 
 
+class TextScorer:
+    """A reward model that scores finished text; `parent` names its weights."""
+
+    def __init__(self, reward: str, device: str | torch.device = "cpu"):
+        self._encoder = ChatEncoder(load_tokenizer(reward))
+        self._part = _model_part(reward, "reward_model", 1.0, self._encoder, torch.device(device))
+        assert self._part.parent is not None
+        self.parent = self._part.parent
+
+    def __call__(self, prompts: Sequence[str | Sequence[Message]], responses: Sequence[str]) -> list[float]:
+        """Centred scores of responses, each read at its EOS."""
+        messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+        prompt_ids = [self._encoder.prompt_ids(p) for p in messages]
+        response_ids = [self._encoder.response_ids(r) for r in responses]
+        rows: list[dict[str, Any]] = [{}] * len(responses)
+        found: list[float] = self._part.compute(messages, prompt_ids, response_ids, list(responses), rows).tolist()
+        return found
+
+
 def score(
     prompts: Sequence[str | Sequence[Message]], responses: Sequence[str], reward: str, device: str = "cpu"
 ) -> list[float]:
     """Centred scores of finished responses by a reward model's folder, in one call."""
-    encoder = ChatEncoder(load_tokenizer(reward))
-    messages = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
-    part = _model_part(reward, "reward_model", 1.0, encoder, torch.device(device))
-    prompt_ids = [encoder.prompt_ids(p) for p in messages]
-    response_ids = [encoder.response_ids(r) for r in responses]
-    found: list[float] = part.compute(
-        messages, prompt_ids, response_ids, list(responses), [{}] * len(responses)
-    ).tolist()
-    return found
+    return TextScorer(reward, device)(prompts, responses)

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.arguments import SFTArguments
 from pipeline.checkpoints import tokenizer_hashes, verify_parent
 from pipeline.data.collators import BlockCollator
-from pipeline.data.encoding import PLAIN_TEMPLATE, ChatEncoder
+from pipeline.data.encoding import ChatEncoder
 from pipeline.data.packing import join_examples, pack_examples
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources
@@ -19,7 +19,7 @@ from pipeline.data.splits import split_records
 from pipeline.errors import UserError
 from pipeline.metrics import Perplexity
 from pipeline.models.adapters import lora_config, save_merged
-from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, refuse_beyond_context
+from pipeline.models.loading import assign_pad, assign_template, load_causal_lm, load_tokenizer, refuse_beyond_context
 from pipeline.rollout import greedy_responses
 from pipeline.scoring import Scorer, build_scorer, identity
 from pipeline.stage import Run, launch, refuse_sharded
@@ -60,11 +60,8 @@ def main(run: Run[SFTArguments]) -> None:
     set_seed(args.seed)
     model = load_causal_lm(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        logger.warning(
-            "sft: the parent has no chat template; a plain `User:`/`Assistant:` one was assigned and is saved"
-        )
+    if note := assign_template(tokenizer):
+        logger.warning("sft: %s", note)
     if note := assign_pad(tokenizer, model):
         logger.warning("sft: %s", note)
     encoder = ChatEncoder(tokenizer)

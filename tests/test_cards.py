@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.arguments import DatasetEntry
 from pipeline.data.cards import read_card, split_files
+from pipeline.data.sources import read_source
 from pipeline.errors import UserError
 
 import datasets
@@ -26,7 +28,23 @@ def test_a_card_loads(folder: Path, tmp_path: Path) -> None:
         table = datasets.load_dataset(str(folder), split=split, cache_dir=str(tmp_path))
         lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in split_files(folder, split))
         assert table.num_rows == lines > 0
-    assert "synthetic" in card.text.lower()
+    text = " ".join(card.text.lower().split())
+    assert "synthetic" in text or ("**written for this project**" in text and "revision:" in text)
+    assert folder.name.startswith("demo_") == ("## known problems" not in card.text.lower())
+
+
+KINDS = {"hh_rlhf": "ranking", "ultrafeedback": "ranking", "tldr_comparisons": "ranking", "dolly": "demonstration",
+         "fineweb_edu": "document", "wikitext": "document"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_of_a_card_are_records(name: str) -> None:
+    """The published schema, read by its card's own column map."""
+    folder = CARDS[0].parent / name
+    records = read_source(DatasetEntry(path=str(folder)), KINDS[name], Path()).records
+    assert len(records) >= 3
+    if KINDS[name] == "demonstration":
+        assert records[0]["messages"][0]["content"].startswith("Give me two reasons")
 
 
 def test_a_folder_without_a_card_is_refused(tmp_path: Path) -> None:

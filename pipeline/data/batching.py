@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import Sampler
 
 
 def seeded_order(seed: int, count: int) -> list[int]:
@@ -21,6 +23,43 @@ def endless(count: int, first: int, number: int, seed: int) -> list[int]:
             orders[epoch] = seeded_order(seed * 1_000_003 + epoch, count)
         picked.append(orders[epoch][index])
     return picked
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A seeded order in which each batch holds rows of like length, and the batches come in no order of length.
+
+    transformers has one of this name; its batches run from long to short, and depend on the number of processes.
+
+    Args:
+        lengths: of each row.
+        batch: rows of one optimizer step, over all processes.
+        pool: batches' worth of rows that are sorted by length together.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, pool: int = 50):
+        self.lengths, self.batch, self.seed, self.pool = list(lengths), batch, seed, pool
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        seed = self.seed * 1_000_003 + self.epoch
+        rows = seeded_order(seed, len(self.lengths))
+        size = self.batch * self.pool
+        batches: list[list[int]] = []
+        for start in range(0, len(rows), size):
+            part = sorted(rows[start : start + size], key=lambda row: -self.lengths[row])
+            batches += [part[i : i + self.batch] for i in range(0, len(part), self.batch)]
+        last = [batch for batch in batches if len(batch) < self.batch]  # the one incomplete batch ends the epoch
+        batches = [batch for batch in batches if len(batch) == self.batch]
+        for index in seeded_order(seed + 1, len(batches)):
+            yield from batches[index]
+        for batch in last:
+            yield from batch
 
 
 @dataclass(frozen=True)

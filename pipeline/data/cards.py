@@ -45,3 +45,13 @@ def split_files(folder: Path, split: str, subset: str | None = None) -> list[Pat
         f"the card has no split {split!r}; it has: {', '.join(known) or 'no `configs: data_files`'}",
         file=folder / "README.md",
     )
+
+
+def card_columns(folder: Path) -> dict[str, str] | None:
+    """The card's own column map (`columns:` in its head, our name → the file's), used where a recipe gives none."""
+    columns = read_card(folder).get("columns")
+    if columns is None:
+        return None
+    if not isinstance(columns, dict) or not all(isinstance(v, str) for pair in columns.items() for v in pair):
+        raise UserError("`columns:` must map our names to the file's", file=folder / "README.md")
+    return columns

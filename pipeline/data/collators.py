@@ -45,16 +45,17 @@ class RankingCollator:
     Returns a dict of
         input_ids, attention_mask: (responses of all prompts, longest), right-padded; the score is read at the last token
         better, worse: (pairs,) row indices
-        target: (pairs,) probability that `better` is preferred: 1, or 0.5 for a tie
+        target: (pairs,) probability that `better` is preferred: 1, less where it is doubtful, 0.5 for a tie
+        tie: (pairs,) bool
         margin: (pairs,) subtracted from the score difference
-        pair_weight: (pairs,) 1 / pairs of the same prompt, so that every prompt weighs the same
+        pair_weight: (pairs,) the record's weight / pairs of the same prompt: prompts of weight 1 count alike
     """
 
     pad_id: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids: list[list[int]] = []
-        better, worse, target, margin, weight = [], [], [], [], []
+        better, worse, target, tie, margin, weight = [], [], [], [], [], []
         for row in rows:
             base = len(ids)
             ids += row["ids"]
@@ -62,8 +63,9 @@ class RankingCollator:
                 better.append(base + pair["better"])
                 worse.append(base + pair["worse"])
                 target.append(pair["target"])
+                tie.append(pair["tie"])
                 margin.append(row["margin"])
-                weight.append(1.0 / len(row["pairs"]))
+                weight.append(row["weight"] / len(row["pairs"]))
         input_ids = right_pad(ids, self.pad_id)
         lengths = torch.tensor([len(row) for row in ids])
         return {
@@ -72,6 +74,7 @@ class RankingCollator:
             "better": torch.tensor(better, dtype=torch.long),
             "worse": torch.tensor(worse, dtype=torch.long),
             "target": torch.tensor(target, dtype=torch.float32),
+            "tie": torch.tensor(tie, dtype=torch.bool),
             "margin": torch.tensor(margin, dtype=torch.float32),
             "pair_weight": torch.tensor(weight, dtype=torch.float32),
             "prompts": torch.tensor(len(rows)),

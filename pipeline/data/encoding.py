@@ -26,6 +26,7 @@ PLAIN_TEMPLATE = (
     "{% else %}{{ 'Assistant: ' + message['content'] + eos_token + '\n\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
+ENCODER_TEMPLATE = "{{ cls_token }}" + PLAIN_TEMPLATE
 # For tokenizers that pretraining makes: one control token a turn.
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 ROLE_TEMPLATE = (

@@ -17,6 +17,7 @@ import gzip
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ Record = dict[str, Any]
 OPTIONAL = ("labeler", "split", "id", "confidence", "margin")
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LISTED = 20
+MAX_LINE_BYTES = 64 << 20
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -55,40 +57,55 @@ class Problems:
             raise UserError("\n".join(self.lines) + more)
 
 
-def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], Record], max_rows: int | None = None) -> list[Record]:
-    """Parse every line of a JSONL file (also gzipped); `line` is added to each record.
+def iter_jsonl(path: Path, parse: Callable[[dict[str, Any]], Record], max_rows: int | None = None) -> Iterator[Record]:
+    """Parse a JSONL file (also gzipped) line by line; `line` is added to each record. Holds one line in memory.
 
     Raises:
-        UserError: with file:line of every bad row (20 listed, the rest counted).
+        UserError: after the last line, with file:line of every bad row (20 listed, the rest counted).
     """
     problems = Problems(str(path))
-    records: list[Record] = []
+    count = 0
     for number, raw in _lines(path):
-        if max_rows is not None and len(records) >= max_rows:
+        if max_rows is not None and count >= max_rows:
             break
         try:
             row = _json_object(raw, first=number == 1)
             if row is not None:
-                records.append({**parse(row), "line": number})
+                record = {**parse(row), "line": number}
+                count += 1
+                yield record
         except RecordError as error:
             problems.add(number, str(error))
     problems.refuse()
-    if not records:
+    if not count:
         raise UserError("no records; expected one JSON object a line", file=path)
-    return records
+
+
+def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], Record], max_rows: int | None = None) -> list[Record]:
+    """All of `iter_jsonl`."""
+    return list(iter_jsonl(path, parse, max_rows))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines; of one that is too long only the beginning, which is enough to refuse it."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
-            yield from enumerate(file, 1)
-    except (OSError, EOFError) as error:
+            number = 0
+            while raw := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                yield number, raw
+                rest = raw
+                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_LINE_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot be read: {error}", file=path) from error
 
 
 def _json_object(raw: bytes, first: bool) -> dict[str, Any] | None:
     """One line's object; None for an empty line."""
+    if len(raw) > MAX_LINE_BYTES:
+        raise RecordError(f"is longer than {MAX_LINE_BYTES >> 20} MiB; a record is one JSON object a line")
     if first and raw.startswith(b"\xef\xbb\xbf"):
         raw = raw[3:]  # a byte-order mark says nothing in UTF-8
     try:
@@ -181,7 +198,8 @@ def parse_ranking(row: dict[str, Any]) -> Record:
             + (", ".join(sorted(row)) or "none")
         )
     if "prompt" in row:
-        prompt, pair = _prompt(row["prompt"]), [_response(row, chosen), _response(row, rejected)]
+        prompt = _prompt(row["prompt"])
+        pair = [_response(row, name, may_be_empty=True) for name in (chosen, rejected)]
     else:
         prompt, pair, comparable = _hh_pair({"chosen": row[chosen], "rejected": row[rejected]})
         if not comparable:  # a defect of published data, for `problems:` to decide
@@ -237,14 +255,18 @@ def _text(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def _response(row: dict[str, Any], name: str) -> str:
-    """A response as text, or as a list with the one assistant message."""
+def _response(row: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
+    """A response as text, or as messages whose last is the assistant's and whose others repeat the prompt."""
     value = row[name]
+    if may_be_empty and isinstance(value, str) and not value.strip():
+        return value
     if isinstance(value, list):
         messages = _messages(value, name)
-        if len(messages) != 1 or messages[0]["role"] != "assistant":
-            raise RecordError(f"`{name}` must be text or a list of one assistant message, got {shorten(value)}")
-        return messages[0]["content"]
+        if messages[-1]["role"] != "assistant" or (len(messages) > 1 and messages[:-1] != _prompt(row["prompt"])):
+            raise RecordError(
+                f"`{name}` must be text or messages that end with the assistant's after the prompt's, got {shorten(value)}"
+            )
+        return messages[-1]["content"]
     return _text(row, name)
 
 

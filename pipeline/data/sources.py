@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.checkpoints import sha256_file
-from pipeline.data.cards import split_files
-from pipeline.data.records import PARSERS, Problems, Record, RecordError, read_jsonl
+from pipeline.data.cards import card_columns, split_files
+from pipeline.data.records import PARSERS, Problems, Record, RecordError, iter_jsonl
 from pipeline.errors import UserError
+from pipeline.hashing import sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Source:
     """One dataset, read: its canonical records and its provenance."""
 
     name: str
-    records: list[Record]
+    records: Sequence[Record]
     sha256: str
     weight: float | None = None
     location: str = ""
@@ -68,49 +69,67 @@ class Source:
         }
 
 
-def read_sources(entries: Sequence[Entry], kind: str, data_root: str) -> list[Source]:
-    """Read and check all entries as records of `kind` (a key of `records.PARSERS`)."""
-    return [read_source(entry, kind, Path(data_root)) for entry in entries]
+def read_sources(entries: Sequence[Entry], kind: str, data_root: str, spool: bool = False) -> list[Source]:
+    """Read and check all entries as records of `kind` (a key of `records.PARSERS`).
+
+    With `spool` the records wait on disk (see `spool.spooled`), so that a file may be larger than memory.
+    """
+    return [read_source(entry, kind, Path(data_root), spool) for entry in entries]
 
 
-def read_source(entry: Entry, kind: str, data_root: Path) -> Source:
+def read_source(entry: Entry, kind: str, data_root: Path, spool: bool = False) -> Source:
     if (entry.path is None) == (entry.hub is None):
         raise UserError("datasets: each entry names exactly one of `path:` and `hub:`")
     if entry.hub is not None:
-        return _read_hub(entry, kind)
+        return _read_hub(entry, kind, spool)
     assert entry.path is not None
     path = data_root / entry.path
     if not path.exists():
         raise UserError(f"dataset {str(path)!r} does not exist; correct `path:` or say --data-root")
     files = split_files(path, entry.split, entry.subset) if path.is_dir() else [path]
+    columns = entry.columns or (card_columns(path) if path.is_dir() else None)
     name = entry.name or path.name.split(".")[0]
-    records = [record for file in files for record in _read_file(file, entry, kind)]
-    records = _strip_responses(records, entry, str(path))
-    if entry.max_rows is not None:
-        records = records[: entry.max_rows]
-    digest = hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
+    stream = (record for file in files for record in iter_file(file, kind, columns, entry))
+    records = _gather(itertools.islice(_strip_responses(stream, entry, str(path)), entry.max_rows), spool)
+    digest = hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
     single = len(records) == 1 and all(file.suffix == ".txt" for file in files)
     return Source(name, records, digest, entry.weight, entry.path, single_document=single)
 
 
-def _read_file(file: Path, entry: Entry, kind: str) -> list[Record]:
-    parse = _with_columns(PARSERS[kind], entry.columns)
+def _gather(records: Iterator[Record], spool: bool) -> Sequence[Record]:
+    if not spool:
+        return list(records)
+    from pipeline.data.spool import spooled
+
+    return spooled(records)
+
+
+def iter_file(
+    file: Path, kind: str, columns: dict[str, str] | None = None, entry: Entry | None = None
+) -> Iterator[Record]:
+    """The records of one file, one at a time."""
+    parse = renaming(PARSERS[kind], columns)
+    max_rows = entry.max_rows if entry else None
     if file.suffix == ".txt":
         if kind != "document":
             raise UserError(f"a .txt file holds documents, this stage needs {kind}s as JSONL", file=file)
-        return _read_text(file, entry.document_separator)
+        return iter(_read_text(file, entry.document_separator if entry else None))
     if file.name.endswith((".jsonl", ".jsonl.gz", ".json")):
-        return read_jsonl(file, parse, entry.max_rows)
+        return iter_jsonl(file, parse, max_rows)
     if file.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(file)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"is no readable parquet file: {error}", file=file) from error
-        return _parse_rows(str(file), iter(table.to_pylist()), parse, entry.max_rows)
+        return _parse_rows(str(file), _parquet_rows(file), parse, max_rows)
     raise UserError("unknown file type; use .jsonl, .jsonl.gz, .parquet or .txt", file=file)
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"is no readable parquet file: {error}", file=file) from error
 
 
 def _read_text(file: Path, separator: str | None) -> list[Record]:
@@ -125,7 +144,7 @@ def _read_text(file: Path, separator: str | None) -> list[Record]:
     return records
 
 
-def _read_hub(entry: Entry, kind: str) -> Source:
+def _read_hub(entry: Entry, kind: str, spool: bool) -> Source:
     from datasets import load_dataset
 
     assert entry.hub is not None
@@ -135,8 +154,8 @@ def _read_hub(entry: Entry, kind: str) -> Source:
         raise UserError(f"dataset {entry.hub!r} cannot be had from the Hub: {str(error).splitlines()[0]}") from error
     if entry.max_rows is not None:
         table = table.select(range(min(entry.max_rows, len(table))))
-    records = _parse_rows(entry.hub, iter(table), _with_columns(PARSERS[kind], entry.columns), None)
-    records = _strip_responses(records, entry, entry.hub)
+    rows = _parse_rows(entry.hub, iter(table), renaming(PARSERS[kind], entry.columns), None)
+    records = _gather(_strip_responses(rows, entry, entry.hub), spool)
     digest = hashlib.sha256()
     for row in table:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -144,51 +163,73 @@ def _read_hub(entry: Entry, kind: str) -> Source:
     return Source(name, records, digest.hexdigest(), entry.weight, entry.hub, revision=entry.revision)
 
 
-def _parse_rows(source: str, rows: Iterator[dict[str, Any]], parse: Any, max_rows: int | None) -> list[Record]:
-    problems, records = Problems(source), []
+def _parse_rows(source: str, rows: Iterator[dict[str, Any]], parse: Any, max_rows: int | None) -> Iterator[Record]:
+    problems, count = Problems(source), 0
     for number, row in enumerate(rows, 1):
         if max_rows is not None and number > max_rows:
             break
         try:
-            records.append({**parse({k: v for k, v in row.items() if v is not None}), "line": number})
+            record = {**parse({k: v for k, v in row.items() if v is not None}), "line": number}
         except RecordError as error:
             problems.add(number, str(error))
+            continue
+        count += 1
+        yield record
     problems.refuse()
-    if not records:
+    if not count:
         raise UserError(f"{source} has no rows")
-    return records
 
 
-def _strip_responses(records: list[Record], entry: Entry, where: str) -> list[Record]:
+def _strip_responses(records: Iterator[Record], entry: Entry, where: str) -> Iterator[Record]:
     """Take `response_suffix` off the last answers: a published file's own end mark is text to us, and would be learnt.
 
     An answer that is nothing else is left out, counted and named.
     """
     suffix = entry.response_suffix
     if not suffix:
-        return records
-    found, empty, kept = 0, [], []
+        yield from records
+        return
+    found = total = 0
+    empty: list[int] = []
     for record in records:
-        if "messages" in record and record["messages"][-1]["content"].endswith(suffix):
-            message = record["messages"][-1]
-            message["content"] = message["content"].removesuffix(suffix).rstrip()
-            found += 1
-            if not message["content"].strip():
+        answers = _answers(record)
+        total += len(answers)
+        found += sum(text.endswith(suffix) for text in answers)
+        stripped = [text.removesuffix(suffix).rstrip() if text.endswith(suffix) else text for text in answers]
+        if "messages" in record:
+            record["messages"][-1]["content"] = stripped[0]
+            if not stripped[0].strip():
                 empty.append(record["line"])
                 continue
-        kept.append(record)
-    if not found and any("messages" in record for record in records):
+        elif "responses" in record:
+            record["responses"] = stripped  # one that is empty now is a defect for `problems:`
+        yield record
+    if not found and total:
         raise UserError(f"response_suffix: no response ends in {suffix!r}; drop the key", file=where)
-    logger.info("%s: response_suffix %r taken off %d of %d responses", where, suffix, found, len(records))
+    logger.info("%s: response_suffix %r taken off %d of %d responses", where, suffix, found, total)
     if empty:
         lines = ", ".join(map(str, empty[:5])) + (", …" if len(empty) > 5 else "")
         logger.warning(
             "%s: %d responses are empty without their response_suffix and left out (lines %s)", where, len(empty), lines
         )
-    return kept
 
 
-def _with_columns(parse: Any, columns: dict[str, str] | None) -> Any:
+def _answers(record: Record) -> list[str]:
+    if "messages" in record:
+        return [record["messages"][-1]["content"]]
+    return list(record.get("responses", []))
+
+
+def column_map(columns: Sequence[str]) -> dict[str, str] | None:
+    """A column map from flags, `ours=theirs` each."""
+    pairs = [text.partition("=") for text in columns]
+    for ours, equals, theirs in pairs:
+        if not ours or not equals or not theirs:
+            raise UserError(f"--column {ours + equals + theirs!r}: write OURS=THEIRS, e.g. prompt=instruction")
+    return {ours: theirs for ours, _, theirs in pairs} or None
+
+
+def renaming(parse: Any, columns: dict[str, str] | None) -> Any:
     """`parse` after renaming the file's columns to ours (`columns`: ours → the file's)."""
     if not columns:
         return parse
@@ -210,5 +251,5 @@ def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
     return [{"sha256": s.sha256, "rows": len(s.records), "weight": s.weight} for s in sources]
 
 
-def replace_records(source: Source, records: list[Record]) -> Source:
+def replace_records(source: Source, records: Sequence[Record]) -> Source:
     return dataclasses.replace(source, records=records)

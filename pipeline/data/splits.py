@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipeline.data.records import Record
+from pipeline.errors import UserError
 
 HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "held_out", "eval")
 
@@ -42,3 +43,11 @@ def split_records(records: Iterable[Record], fraction: float) -> tuple[list[Reco
     for record in records:
         (held_out if is_held_out(record, fraction) else train).append(record)
     return train, held_out
+
+
+def labeler_folds(labelers: Sequence[str], folds: int) -> list[list[str]]:
+    """Labelers in groups of nearly equal size, by the hash of their names: the same whatever the order of the file."""
+    if len(labelers) < folds:
+        raise UserError(f"labeler_folds: {folds} groups of {len(labelers)} labelers; take fewer")
+    mixed = sorted(labelers, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return [sorted(mixed[fold::folds]) for fold in range(folds)]

@@ -9,7 +9,7 @@ from pipeline.models.loading import fit_embeddings, linear_module_names, set_pad
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -20,7 +20,7 @@ def lora_config(model: PreTrainedModel, options: Any, task_type: str) -> LoraCon
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=options.target_modules or linear_module_names(model),
-        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+        modules_to_save=["classifier" if hasattr(model, "classifier") else "score"] if task_type == "SEQ_CLS" else None,
         task_type=task_type,
     )
 
@@ -40,9 +40,21 @@ def read_adapter(path: str) -> tuple[LoraConfig, dict[str, torch.Tensor], torch.
     config = LoraConfig.from_pretrained(str(folder))
     config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
     weights = load_file(folder / "adapter_model.safetensors")
-    (head_name,) = [name for name in weights if name.endswith("score.weight")]
-    head = weights.pop(head_name)
+    heads = [name for name in weights if name.endswith("score.weight")]
+    if not heads:  # an encoder's: no causal LM could carry it
+        return None
+    head = weights.pop(heads[0])
     return config, weights, head
+
+
+def scale_adapter_head(folder: Path, factor: float) -> None:
+    """Multiply the head that a reward model's adapter carries, as `scale_head` does the merged one's."""
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    for name in weights:
+        if name.endswith(("score.weight", "classifier.weight", "classifier.bias", "out_proj.weight", "out_proj.bias")):
+            weights[name] = weights[name] * factor
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def save_merged(trained: PeftModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

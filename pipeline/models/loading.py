@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.encoding import ENCODER_TEMPLATE, PLAIN_TEMPLATE
 from pipeline.errors import UserError
 
 import torch
@@ -91,6 +92,8 @@ def refuse_beyond_context(config: Any, tokens: int, key: str) -> None:
     """More tokens than the model has positions is an error, before training finds out."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if limit is not None and "roberta" in text.model_type:  # its positions count from behind the pad's
+        limit -= text.pad_token_id + 1
     if limit is not None and tokens > limit:
         raise UserError(
             f"{key}: {tokens} tokens exceed the model's context of {limit}; lower it or take a longer context"
@@ -132,6 +135,22 @@ def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> st
     set_pad(model, tokenizer.pad_token_id)
     kind = "an existing, unused token" if existing else "a new token"
     return f"pad was missing or equal to EOS; {tokenizer.pad_token!r} ({kind}, id {tokenizer.pad_token_id}) is pad now"
+
+
+def assign_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Give an external tokenizer what it lacks to hold a dialogue; returns what was done, or None.
+
+    An encoder's reads its first token and ends at its separator; a decoder's is plain text.
+    """
+    if tokenizer.chat_template:
+        return None
+    if tokenizer.cls_token is not None and tokenizer.sep_token is not None:
+        if tokenizer.eos_token is None:
+            tokenizer.eos_token = tokenizer.sep_token
+        tokenizer.chat_template = ENCODER_TEMPLATE
+    else:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return "the parent has no chat template; a plain one was assigned and is saved"
 
 
 def resolve_precision(precision: str) -> bool:

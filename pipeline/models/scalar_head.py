@@ -99,11 +99,43 @@ def score_ids(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int, toke
         input_ids = right_pad([rows[i] for i in picked], pad_id).to(device)
         lengths = torch.tensor([len(rows[i]) for i in picked], device=device)
         mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
-        options = {} if not hasattr(model.config, "use_cache") else {"use_cache": False}
-        logits = model(input_ids=input_ids, attention_mask=mask.long(), **options).logits
-        scores[picked] = logits[:, 0].float().cpu() - score_offset(model)
+        scores[picked] = forward_scores(model, input_ids, mask).float().cpu() - score_offset(model)
         start = end
     return scores
+
+
+def forward_scores(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Raw scores, the offset still in them.
+
+    Args:
+        input_ids: (rows, length), right-padded; mask: (rows, length) bool.
+
+    Returns:
+        (rows,)
+    """
+    options = {} if not hasattr(model.config, "use_cache") else {"use_cache": False}
+    logits: Tensor = model(input_ids=input_ids, attention_mask=mask.long(), **options).logits
+    return logits[:, 0]
+
+
+def scores_at(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """The same, read at the mask's last token whatever stands behind it (`forward_scores` looks for the last token that is
+    no pad, as transformers' classifiers do)."""
+    if not hasattr(model, "score"):  # an encoder reads its first token, and sees the mask's alone
+        return forward_scores(model, input_ids, mask)
+    trunk = getattr(model, str(model.base_model_prefix))
+    hidden = trunk(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    last = mask.sum(1) - 1
+    return scalar_head(model)(hidden[torch.arange(len(last), device=last.device), last])[:, 0]
+
+
+def scale_head(model: nn.Module, factor: float) -> None:
+    """Multiply all scores by a factor."""
+    head = scalar_head(model)
+    with torch.no_grad():
+        head.weight.mul_(factor)
+        if head.bias is not None:
+            head.bias.mul_(factor)
 
 
 class ValueModel(nn.Module):

@@ -74,6 +74,26 @@ def test_pair_loss() -> None:
     assert pair_losses(differences, torch.full((3,), 0.5)).argmin() == 1
 
 
+@pytest.mark.parametrize("threshold", [0.01, 0.5, 3.0])
+def test_a_tie_model_shares_out_all_probability(threshold: float) -> None:
+    """Rao and Kupper: preferred, tied, the other preferred: their probabilities sum to 1 at every difference."""
+    difference = torch.linspace(-30, 30, 61, dtype=torch.float64)
+    one = torch.ones_like(difference)
+    tie = one.bool()
+    won = (-pair_losses(difference, one, ~tie, threshold)).exp()
+    lost = (-pair_losses(-difference, one, ~tie, threshold)).exp()
+    tied = (-pair_losses(difference, one / 2, tie, threshold)).exp()
+    assert torch.allclose(won + lost + tied, one, atol=1e-12)
+    assert tied.argmax() == 30
+    far = pair_losses(torch.tensor([1e4]), torch.ones(1) / 2, torch.tensor([True]), threshold)
+    assert torch.isfinite(far).all()
+    # Equal scores describe a tie best: nothing pulls them apart.
+    score = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    pair_losses(score, torch.ones(1) / 2, torch.tensor([True]), threshold).backward()
+    assert score.grad is not None
+    assert score.grad.item() == pytest.approx(0.0, abs=1e-12)
+
+
 def test_ranking_loss_weighs_prompts_alike() -> None:
     """One prompt with one pair and one with three: mean over prompts of the mean over pairs (I22)."""
     scores = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0])

@@ -143,20 +143,20 @@ def test_no_example_predicts_the_next_ones_first_token() -> None:
 
 
 def test_ranking_batch_by_hand() -> None:
+    def pair(better: int, worse: int, target: float = 1.0, tie: bool = False) -> dict[str, Any]:
+        return {"better": better, "worse": worse, "target": target, "tie": tie}
+
     rows = [
-        {"ids": [[5], [6, 7]], "pairs": [{"better": 1, "worse": 0, "target": 1.0}], "margin": 0.5},
-        {
-            "ids": [[8], [9], [4, 4, 4]],
-            "pairs": [{"better": 0, "worse": 2, "target": 1.0}, {"better": 0, "worse": 1, "target": 0.5}],
-            "margin": 0.0,
-        },
+        {"ids": [[5], [6, 7]], "pairs": [pair(1, 0, 0.9)], "margin": 0.5, "weight": 2.0},
+        {"ids": [[8], [9], [4, 4, 4]], "pairs": [pair(0, 2), pair(0, 1, 0.5, True)], "margin": 0.0, "weight": 1.0},
     ]
     batch = RankingCollator(0)(rows)
     assert batch["input_ids"].tolist() == [[5, 0, 0], [6, 7, 0], [8, 0, 0], [9, 0, 0], [4, 4, 4]]
     assert batch["attention_mask"].sum(1).tolist() == [1, 2, 1, 1, 3]
     assert batch["better"].tolist() == [1, 2, 2]
     assert batch["worse"].tolist() == [0, 4, 3]
-    assert batch["target"].tolist() == [1.0, 1.0, 0.5]
+    assert batch["target"].tolist() == pytest.approx([0.9, 1.0, 0.5])
+    assert batch["tie"].tolist() == [False, False, True]
     assert batch["margin"].tolist() == [0.5, 0.0, 0.0]
-    assert batch["pair_weight"].tolist() == [1.0, 0.5, 0.5]
+    assert batch["pair_weight"].tolist() == [2.0, 0.5, 0.5]
     assert batch["prompts"] == 2

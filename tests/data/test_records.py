@@ -208,7 +208,7 @@ def test_untrainable_rankings_are_sifted_and_said() -> None:
         {**parse_ranking({"chosen": HH + "a", "rejected": "\n\nHuman: Ho\n\nAssistant: b"}), "line": 10},
     ]
     kept, problems = sift(records, "drop")
-    assert [r["line"] for r in kept] == [1, 4]
+    assert [records[k]["line"] for k in kept] == [1, 4]
     assert [line for line, _ in problems] == [2, 3, 5, 6, 7, 8, 9, 10]
     assert "dropped 8 rankings" in summary(problems, "file")
-    assert [r["line"] for r in sift(records, "half")[0]] == [1, 4, 7]
+    assert [records[k]["line"] for k in sift(records, "half")[0]] == [1, 4, 7]
