@@ -142,6 +142,7 @@ def main(run: Run[RewardArguments]) -> None:
         metrics |= {
             "score_offset": offset,
             "score_scale": scale,
+            "kept_out_labelers": split.kept_out,
             "rankings": len(rows),
             "pairs": pairs,
             "steps": trainer.state.global_step,

@@ -55,7 +55,8 @@ def score_file(file: str, reward: str, output: str | None = None, columns: Seque
 
 
 def _records(source: Path, kind: str, columns: dict[str, str] | None) -> Iterator[Record]:
-    return iter_jsonl(source, renaming(PARSERS[kind], columns))
+    parse = renaming(PARSERS[kind], columns)
+    return iter_jsonl(source, lambda row: {**parse(row), "row": row})  # the row as the file has it
 
 
 def _kind_and_rows(source: Path, columns: dict[str, str] | None) -> tuple[str, int]:
