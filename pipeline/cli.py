@@ -54,6 +54,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     check.add_argument("--seed", type=int, default=0, help="comparisons: of the samples")
     check.add_argument("--json", action="store_true", help="comparisons: print JSON")
 
+    plan = commands.add_parser("plan", help="memory, compute, hours and cost of a recipe, before it is launched")
+    plan.add_argument("recipe", help="recipe folder")
+    plan.add_argument("--gpus", type=int, default=1, help="devices")
+    plan.add_argument("--gpu", required=True, metavar="NAME", help="of pipeline/devices.yaml, e.g. h100, l4")
+    plan.add_argument("--devices", metavar="FILE", help="YAML with devices of your own, in the same form")
+    plan.add_argument("--accelerate", metavar="FILE", help="an accelerate config; default: data-parallel")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
+    plan.add_argument("--generation-mfu", type=float, default=0.05, help="share of it while PPO generates")
+    plan.add_argument("--prompt-tokens", type=float, help="mean prompt of PPO; default: that of the data")
+    plan.add_argument("--response-tokens", type=float, help="mean response of PPO; default: the longest allowed")
+    plan.add_argument("--data-root", default=None, help="what relative dataset paths are relative to")
+    plan.add_argument("--parent", help="model that the first stage starts from, instead of the recipe's")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
     score = commands.add_parser("score", help="write a reward model's scores beside the rows of a file")
     score.add_argument("file", help="JSONL of demonstrations, comparisons or rankings")
     score.add_argument("--reward", required=True, metavar="DIR", help="folder or Hub id of a reward model")
@@ -122,6 +136,12 @@ def _dispatch(args: argparse.Namespace) -> int:
 
         quiet_libraries()
         return check_recipe(args.target, args.data_root)
+    if args.command == "plan":
+        from pipeline.plan import plan_recipe
+        from pipeline.stage import quiet_libraries
+
+        quiet_libraries()
+        return plan_recipe(args)
     if args.command == "score":
         from pipeline.score_file import score_file
         from pipeline.stage import quiet_libraries

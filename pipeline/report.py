@@ -5,7 +5,6 @@ Writes `report/report.json` (all figures) and `report/index.html` (one self-cont
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError
 from pipeline.metrics import WinRate, history
 from pipeline.models.loading import load_causal_lm, load_tokenizer
+from pipeline.plots import Plot, curve, reward_plots, stage_curves
 from pipeline.rollout import LocalEngine, row_uniforms
 from pipeline.scoring import build_scorer, call_function, import_from, import_function, judge_labels
 
@@ -88,7 +88,7 @@ def write_report(
     target = folder / "report"
     target.mkdir(exist_ok=True)
     write_json(target / "report.json", report)
-    (target / "index.html").write_text(render(report, plots(folder, lineages, reference_point)), encoding="utf-8")
+    (target / "index.html").write_text(render(report, draw(folder, lineages, reference_point)), encoding="utf-8")
     print(f"report: {_summary(report)}{target / 'index.html'}")
     return target
 
@@ -289,102 +289,26 @@ def samples(
 # ---------------------------------------------------------------------------------------------- the page
 
 
-CURVES = {
-    "pretrain": [("Loss", "nats a token", ["loss", "eval_loss"])],
-    "sft": [("Loss", "nats a response token", ["loss", "eval_loss"])],
-    "reward": [("Loss", "nats a pair", ["loss", "eval_loss"])],
-    "ppo": [
-        ("Score", "reward-model units", ["score", "eval_score"]),
-        ("KL from the SFT model", "nats a response", ["kl", "eval_kl"]),
-        ("Response length", "tokens", ["response_tokens", "eval_response_tokens"]),
-        ("Entropy", "nats a token", ["entropy"]),
-    ],
-}
-NAMES = {
-    "loss": "training",
-    "eval_loss": "held out",
-    "score": "training",
-    "eval_score": "held out",
-    "kl": "training",
-    "eval_kl": "held out",
-    "response_tokens": "training",
-    "eval_response_tokens": "held out",
-    "entropy": "training",
-}
-
-
-def plots(folder: Path, lineages: dict[str, Any], best: dict[str, Any] | None = None) -> dict[str, list[str]]:
-    """SVG curves of each stage from its history."""
-    drawn: dict[str, list[str]] = {}
-    for stage in lineages:
-        rows = history.read(folder / stage)
-        drawn[stage] = []
-        for title, unit, keys in CURVES[stage]:
-            series = {NAMES[key]: [(row["step"], row[key]) for row in rows if key in row] for key in keys}
-            series = {name: points for name, points in series.items() if points}
-            if series:
-                drawn[stage].append(
-                    _curve(f"{stage}: {title}", "rollout" if stage == "ppo" else "optimizer step", unit, series)
-                )
+def draw(folder: Path, lineages: dict[str, Any], best: dict[str, Any] | None = None) -> dict[str, list[Plot]]:
+    """Every stage's plots."""
+    drawn: dict[str, list[Plot]] = {}
+    for stage, lineage in lineages.items():
+        drawn[stage] = stage_curves(folder / stage, stage)
+        if stage == "reward":
+            drawn[stage] += reward_plots(lineage["metrics"])
         points = frontier(folder) if stage == "ppo" else []
-        for judge in ["reward", *judge_labels(lineages[stage]["recipe"].get("judges", []))]:
+        for judge in ["reward", *judge_labels(lineage["recipe"].get("judges", []))]:
             if points:
                 series = {"ppo": [(point["kl"], point[judge]) for point in points]}
                 if best and judge in best:
                     series[f"best of {best['n']}"] = [(best["kl"], best[judge])]
                 labels = [str(point["step"]) for point in points]
                 title = f"ppo: {judge} over KL, held out, by rollout"
-                drawn[stage].append(_curve(title, "KL, nats a response", f"mean {judge}", series, labels))
+                drawn[stage].append(curve(title, "KL, nats a response", f"mean {judge}", series, labels))
     return drawn
 
 
-def _curve(
-    title: str, xlabel: str, ylabel: str, series: dict[str, list[tuple[float, float]]], labels: Sequence[str] = ()
-) -> str:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": title,
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    ):
-        figure, axes = pyplot.subplots(figsize=(4.6, 2.9), layout="constrained")
-        for (name, points), color, marker in zip(
-            series.items(), ("#2563eb", "#d97706", "#059669"), (None, "o", "s"), strict=False
-        ):
-            few = len(points) < 20
-            axes.plot(
-                *zip(*points, strict=True),
-                label=name,
-                color=color,
-                marker=marker if few else None,
-                markersize=4,
-                linewidth=1.6,
-            )
-        for (x, y), text in zip(next(iter(series.values())), labels, strict=False):
-            axes.annotate(text, (x, y), xytext=(4, -11), textcoords="offset points", fontsize=8)
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.grid(alpha=0.25)
-        if len(series) > 1:
-            axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        pyplot.close(figure)
-    svg = buffer.getvalue()
-    # Text and axes take the page's colour, so the plot reads in light and in dark.
-    return svg[svg.index("<svg") :].replace("#000000", "currentColor").replace("stroke: #000", "stroke: currentColor")
-
-
-def render(report: dict[str, Any], drawn: dict[str, list[str]]) -> str:
+def render(report: dict[str, Any], drawn: dict[str, list[Plot]]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
