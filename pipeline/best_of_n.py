@@ -22,6 +22,7 @@ from pipeline.rollout import LocalEngine, row_uniforms
 from pipeline.scoring import Scorer, SourceSpec, build_scorer
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,36 @@ def kl_bound(n: int) -> float:
 
 @dataclass
 class Best:
-    """The best response to each prompt, its score, and the mean score of all n samples."""
+    """The best response to each prompt, its score, and the mean score of all n samples.
+
+    draws: all responses by draw and prompt; draw_scores: (draws, prompts) their scores.
+    """
 
     response_ids: list[list[int]]
     scores: list[float]
     mean_score: float
+    draws: list[list[list[int]]]
+    draw_scores: Tensor
+
+
+def best_of_each(judge: Tensor, proxy: Tensor) -> list[float]:
+    """Mean of a judge's scores of the best of 1, 2, … n by the proxy, over all ways to draw them from n.
+
+    Args:
+        judge, proxy: (draws, prompts) scores of the same responses.
+
+    Returns:
+        n means: of best of k, each prompt's expectation without replacement (the order statistic's weights).
+    """
+    n = proxy.shape[0]
+    order = torch.argsort(
+        proxy, dim=0, stable=True
+    )  # ascending: the best of k is the i-th with weight C(i, k - 1) / C(n, k)
+    sorted_judge = judge.gather(0, order).double().mean(1)
+    return [
+        sum(math.comb(i, k - 1) / math.comb(n, k) * sorted_judge[i].item() for i in range(k - 1, n))
+        for k in range(1, n + 1)
+    ]
 
 
 @torch.no_grad()
@@ -60,16 +86,18 @@ def best_of_n(
     ids = [encoder.prompt_ids(prompt) for prompt in prompts]
     best: list[list[int]] = [[] for _ in records]
     top = torch.full((len(best),), -math.inf)
-    total = 0.0
+    draws, found = [], []
     for draw in range(n):
         uniforms = row_uniforms(seed + draw, range(len(ids)), engine.max_new_tokens)
         responses = engine.responses(model, ids, uniforms)
         scores = scorer(prompts, ids, responses, [record["row"] for record in records]).scores
-        total += scores.mean().item()
+        draws.append(responses)
+        found.append(scores)
         for i in (scores > top).nonzero()[:, 0].tolist():
             best[i] = responses[i]
         top = torch.maximum(top, scores)
-    return Best(best, top.tolist(), total / n)
+    every = torch.stack(found)
+    return Best(best, top.tolist(), every.mean().item(), draws, every)
 
 
 def write_demonstrations(

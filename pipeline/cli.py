@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "target", help="recipe folder, or one stage's YAML; or comparisons: a .jsonl, .jsonl.gz, .parquet, card folder"
     )
     check.add_argument("--data-root", default=None, help="recipe: what relative dataset paths are relative to")
+    check.add_argument("--dry-run", action="store_true", help="recipe: one real step of every stage, shrunk")
+    check.add_argument("--parent", help="recipe: model that the first stage starts from, with --dry-run")
+    check.add_argument(
+        "--accelerate", metavar="FILE", help="recipe: the accelerate config it will run under, with --dry-run"
+    )
     check.add_argument("--tokenizer", metavar="DIR", help="comparisons: count tokens with this tokenizer")
     check.add_argument(
         "--against",
@@ -77,7 +82,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = commands.add_parser("report", help="measure a run and write report/report.json and report/index.html")
     report.add_argument("run_dir", help="folder that holds the stages' outputs, e.g. runs/demo")
     report.add_argument(
-        "--judge", action="append", default=[], metavar="MODULE:FUNCTION", help="Python judge; may be given again"
+        "--judge",
+        action="append",
+        default=[],
+        metavar="JUDGE",
+        help="module:function, or a reward model's folder; may be given again",
+    )
+    report.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a model outside the run that answers, too; may be given again",
     )
     report.add_argument("--prompts", metavar="FILE", help="held-out prompts; default: those of the PPO recipe")
     report.add_argument("--num-prompts", type=int, default=200, help="held-out prompts answered by every stage")
@@ -85,6 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--best-of", type=int, default=8, metavar="N", help="reference point beside PPO: best of N; 0: none"
     )
     report.add_argument("--data-root", default=None, help="what relative dataset paths are relative to")
+
+    compare = commands.add_parser("compare", help="what differs between two runs: recipe, data, code, result")
+    compare.add_argument("runs", nargs=2, metavar="RUN", help="folder of a run, or of one stage")
+    compare.add_argument("--json", action="store_true", help="print JSON")
 
     best = commands.add_parser(
         "best-of", help="rejection sampling: the best of n responses a prompt, as demonstrations"
@@ -135,7 +155,15 @@ def _dispatch(args: argparse.Namespace) -> int:
         from pipeline.stage import quiet_libraries
 
         quiet_libraries()
+        if args.dry_run:
+            from pipeline.dry_run import dry_run
+
+            return dry_run(args.target, args.data_root, args.parent, args.accelerate)
         return check_recipe(args.target, args.data_root)
+    if args.command == "compare":
+        from pipeline.compare import compare_runs
+
+        return compare_runs(args.runs[0], args.runs[1], args.json)
     if args.command == "plan":
         from pipeline.plan import plan_recipe
         from pipeline.stage import quiet_libraries
@@ -180,6 +208,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         num_prompts=args.num_prompts,
         data_root=args.data_root,
         best_of=args.best_of,
+        against=args.against,
     )
     return 0
 

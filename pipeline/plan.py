@@ -27,7 +27,6 @@ from pipeline.models.loading import assign_template, load_tokenizer
 from pipeline.models.roles import LOGITS_BYTES
 from pipeline.sizing import (
     Parameters,
-    StepMemory,
     cache_bytes,
     layers_of,
     lora_parameters,
@@ -184,12 +183,20 @@ def _model(name: str, recipe: Any, made: dict[str, Model], args: argparse.Namesp
                 f"{name}: no config can be had from {recipe.parent!r} ({str(error).splitlines()[0]}); "
                 "name a local folder with --parent"
             ) from error
-        return Model(config, parameters(config, name == "reward"), load_tokenizer(recipe.parent))
+        return Model(config, parameters(config, name == "reward"), _tokenizer(recipe.parent))
     tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     vocabulary = len(tokenizer) if tokenizer else recipe.train_tokenizer.vocab_size
     cls = getattr(transformers, recipe.config_class)
     config = cls(**{"vocab_size": vocabulary, **recipe.model_config})
     return Model(config, parameters(config), tokenizer)
+
+
+def _tokenizer(parent: str) -> Any:
+    """The parent's tokenizer, or None where a folder is a config alone."""
+    folder = Path(parent)
+    if folder.is_dir() and not any(folder.glob("*token*")):
+        return None
+    return load_tokenizer(parent)
 
 
 @dataclass(frozen=True)
@@ -349,27 +356,23 @@ def _trainer_memory(
         parts["gathered layer"] = 2 * 4.0 * model.size.largest_layer
     length = recipe.block_tokens if name == "pretrain" else recipe.max_tokens
 
-    def step(examples: int) -> StepMemory:
-        rows = examples if name != "reward" else max(1, round(examples * data.responses))
-        return step_memory(
-            model.config,
-            rows,
-            length,
-            head="score" if name == "reward" else "causal",
-            bf16=bf16,
-            checkpointing=recipe.gradient_checkpointing,
-            frozen=lora is not None,
-        )
-
     examples = min(recipe.examples_per_device, max(1, recipe.examples_per_step // setting.gpus))
-    one, two = step(1).total, step(2).total
-    here = step(examples)
-    parts["activations"], parts["temporary"] = here.activations, here.temporary
-    room = setting.device.memory_gib * GIB * 0.95 - sum(
-        v for k, v in parts.items() if k not in ("activations", "temporary")
+    here = step_memory(
+        model.config,
+        examples if name != "reward" else max(1, round(examples * data.responses)),
+        length,
+        head={"pretrain": "causal", "sft": "tiles", "reward": "score"}[name],
+        precision=_precision(setting, bf16),
+        checkpointing=recipe.gradient_checkpointing,
     )
-    fits = 0 if room < one else 1 + int((room - one) // max(two - one, 1))
-    return parts, fits
+    fixed = sum(parts.values())
+    parts["activations"] = here
+    return parts, int(max(0.0, setting.device.memory_gib * GIB * 0.95 - fixed) // (here / examples))
+
+
+def _precision(setting: Setting, bf16: bool) -> str:
+    """How the step computes (see `sizing.step_memory`)."""
+    return "fp32" if not bf16 else "bf16" if setting.shards["weights"] > 1 else "autocast"
 
 
 def _ppo_memory(
@@ -396,34 +399,30 @@ def _ppo_memory(
     if recipe.ema_decay:
         parts["average of the policy"] = 4.0 * n
     parts |= {"gradients": 4.0 * trained, "optimizer": 8.0 * trained}
+    precision = _precision(setting, bf16)
     prompt = min(data.tokens, recipe.max_prompt_tokens)
     length = max(2, int(prompt + recipe.max_response_tokens))
 
-    def update(tokens: int) -> StepMemory:
-        rows = max(1, tokens // length)
-        frozen = recipe.roles == "adapters"
+    def update() -> int:
+        rows = max(1, recipe.micro_batch_tokens // length)
         policy = step_memory(
-            model.config, rows, length, head="response", response=recipe.max_response_tokens, bf16=bf16, frozen=frozen, logits_bytes=LOGITS_BYTES
+            model.config, rows, length, head="response", response=recipe.max_response_tokens, precision=precision, logits_bytes=LOGITS_BYTES
         )  # fmt: skip
         if recipe.roles == "shared_trunk":
             return policy
         scalar = step_memory(
-            value.config, rows, length, head="value", response=recipe.max_response_tokens, bf16=bf16, frozen=frozen
+            value.config, rows, length, head="value", response=recipe.max_response_tokens, precision=precision
         )
-        return max(policy, scalar, key=lambda found: found.total)  # one after the other
+        return max(policy, scalar)  # one after the other
 
     rows = min(recipe.generation_rows, max(1, recipe.prompts_per_rollout // setting.gpus))
     cache = cache_bytes(model.config, rows, length, 2 if bf16 else 4)
-    here = update(recipe.micro_batch_tokens)
-    generating = here.total < cache  # phases take turns: the larger counts
-    parts["KV cache" if generating else "activations"] = cache if generating else here.activations
-    if not generating:
-        parts["temporary"] = here.temporary
-    fixed = sum(size for part, size in parts.items() if part not in ("activations", "temporary", "KV cache"))
+    here = update()
+    fixed = sum(parts.values())
+    parts["KV cache" if here < cache else "activations"] = max(here, cache)  # phases take turns: the larger counts
     room = setting.device.memory_gib * GIB * 0.95 - fixed
-    one, two = update(length).total, update(2 * length).total
-    fits = 0 if room < max(one, cache) else length * (1 + int((room - one) // max(two - one, 1)))
-    return parts, fits
+    a_row = here / max(1, recipe.micro_batch_tokens // length)
+    return parts, 0 if room < max(a_row, cache) else length * int(room // a_row)
 
 
 # ------------------------------------------------------------------------------------------------ a stage
@@ -481,7 +480,7 @@ def _plan_stage(
             f"{name} refuses {setting.sharding}; planned data-parallel, every device with a whole copy"
         )
     if not result["fits"]:
-        result["advice"] = _advice(name, recipe, model, made, data, setting, bf16, needed, room)
+        result["advice"] = _advice(name, recipe, model, made, data, here, bf16, needed, room)
     return result
 
 

@@ -6,7 +6,6 @@ accelerate launch pipeline/pretrain.py --config recipes/demo/pretrain.yaml
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 from pipeline.arguments import PretrainArguments
@@ -14,8 +13,7 @@ from pipeline.checkpoints import tokenizer_hashes, verify_parent
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import document_ids
 from pipeline.data.packing import Block, pack_documents
-from pipeline.data.sources import Source, fingerprint, read_sources
-from pipeline.data.splits import split_records
+from pipeline.data.sources import Source, fingerprint, read_sources, split_texts
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.metrics import BitsPerByte, Perplexity
@@ -34,7 +32,6 @@ import datasets
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 logger = logging.getLogger("pipeline.pretrain")  # __name__ is __main__ under accelerate launch
-SINGLE_DOCUMENT_HELD_OUT = 0.05
 
 
 def main(run: Run[PretrainArguments]) -> None:
@@ -126,18 +123,6 @@ class PretrainTrainer(StageTrainer, Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
-
-
-def split_texts(source: Source, fraction: float) -> tuple[list[str], list[str]]:
-    """(train, held-out) texts: by hash of the document; of a single document, its last part, cut at a line's end."""
-    if not source.single_document:
-        kept, held_out = split_records(source.records, fraction)
-        if not kept:
-            raise UserError(f"{source.name}: no document is left to train on; lower held_out_fraction")
-        return [r["text"] for r in kept], [r["text"] for r in held_out]
-    text = source.records[0]["text"]
-    cut = text.find("\n", math.floor(len(text) * (1 - SINGLE_DOCUMENT_HELD_OUT))) + 1
-    return ([text[:cut]], [text[cut:]]) if 0 < cut < len(text) else ([text], [])
 
 
 def _new_tokenizer(args: PretrainArguments, texts: list[str]) -> PreTrainedTokenizerBase:

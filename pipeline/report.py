@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.arguments import DatasetEntry, RewardSource
-from pipeline.best_of_n import best_of_n, kl_bound
+from pipeline.best_of_n import best_of_each, best_of_n, kl_bound
 from pipeline.checkpoints import read_lineage, weights_sha256, write_json
-from pipeline.data.encoding import ChatEncoder, forbidden_ids
+from pipeline.data.collators import BlockCollator
+from pipeline.data.encoding import ChatEncoder, document_ids, forbidden_ids
+from pipeline.data.packing import pack_documents
 from pipeline.data.records import PARSERS, Record, read_jsonl
-from pipeline.data.sources import read_sources
+from pipeline.data.sources import read_sources, split_texts
 from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError
-from pipeline.metrics import WinRate, history
+from pipeline.metrics import Perplexity, WinRate, history
+from pipeline.metrics.language import token_nll
+from pipeline.metrics.preference import length_controlled
 from pipeline.models.loading import load_causal_lm, load_tokenizer
 from pipeline.plots import Plot, curve, reward_plots, stage_curves
 from pipeline.rollout import LocalEngine, row_uniforms
@@ -34,6 +39,16 @@ STAGES = ("pretrain", "sft", "reward", "ppo")
 ANSWERING = ("pretrain", "sft", "ppo")
 SAMPLES = 24
 SEED = 2**30
+NOT_GOLD = (
+    "step",
+    "kl",
+    "reward",
+    "reference_score",
+    "response_tokens",
+    "reference_response_tokens",
+    "stopped",
+    "prompts",
+)
 
 
 def write_report(
@@ -43,6 +58,7 @@ def write_report(
     num_prompts: int = 200,
     data_root: str | None = None,
     best_of: int = 8,
+    against: Sequence[str] = (),
 ) -> Path:
     """Measure the run in `run_dir` and write its report; what is missing or changed is said in it, the rest reported.
 
@@ -56,30 +72,37 @@ def write_report(
             import_from(Path(lineage["config"]).parent)
     prompts = held_out_prompts(folder, lineages, prompts_file, num_prompts, data_root)
     ppo_recipe = lineages.get("ppo", {}).get("recipe", {})
-    asked = judge_labels(list(dict.fromkeys([*judges, *ppo_recipe.get("judges", [])])))
+    models = {Path(judge).name: judge for judge in judges if _is_folder(judge)}
+    functions = [judge for judge in judges if not _is_folder(judge)]
+    asked = judge_labels(list(dict.fromkeys([*functions, *ppo_recipe.get("judges", [])])))
+    bench = Bench(folder if "reward" in lineages else None, models, asked, notes)
     answers: dict[str, Answers] = {}
     scores: dict[str, dict[str, list[float]]] = {}
-    for name in ANSWERING:
-        if name in lineages:
-            try:  # one stage that cannot answer (no chat template, say) is a note, not the end of the report
-                answers[name] = sample_answers(folder / name, prompts, ppo_recipe)
-                scores[name] = judge_answers(folder, lineages, prompts, answers[name], asked, notes)
-            except UserError as error:
-                notes.append(f"{name}: does not answer here: {error}")
+    outside = {other: Path(other) for other in against}
+    for name, place in {**{name: folder / name for name in ANSWERING if name in lineages}, **outside}.items():
+        try:  # one stage that cannot answer (no chat template, say) is a note, not the end of the report
+            answers[name] = sample_answers(place, prompts, ppo_recipe)
+            scores[name] = bench.judge(prompts, answers[name])
+        except UserError as error:
+            notes.append(f"{name}: does not answer here: {error}")
     reference_point = None
     if best_of > 1 and "sft" in answers and "reward" in lineages:
-        reference_point = best_of_answers(folder, prompts, answers, ppo_recipe, best_of)
+        reference_point = best_of_answers(folder, prompts, answers, ppo_recipe, best_of, bench)
         name, point = f"best_of_{best_of}", reference_point
-        scores[name] = judge_answers(folder, lineages, prompts, answers[name], asked, notes)
+        scores[name] = bench.judge(prompts, answers[name])
         point |= {judge: float(np.mean(values)) for judge, values in scores[name].items()}
+    points = frontier(folder)
+    parted = over_optimisation(points)
     stages = {name: stage_figures(lineage) for name, lineage in lineages.items()}
     report: dict[str, Any] = {
         "run": folder.name,
         "stages": stages,
         "seconds": {name: lineage["seconds"] for name, lineage in lineages.items()},
-        "win_rates": win_rates(scores),
-        "frontier": frontier(folder),
+        "win_rates": win_rates(scores, answers),
+        "frontier": points,
+        "over_optimisation": parted,
         "best_of_n": reference_point,
+        "alignment_tax": alignment_tax(folder, lineages, data_root, notes),
         "agreement": agreement(scores),
         "samples": samples(prompts, answers, scores),
         "lineage": lineages,
@@ -177,7 +200,7 @@ def answering(folder: Path, ppo_recipe: dict[str, Any]) -> tuple[Any, LocalEngin
 
 
 def best_of_answers(
-    folder: Path, prompts: list[Record], answers: dict[str, Answers], ppo_recipe: dict[str, Any], n: int
+    folder: Path, prompts: list[Record], answers: dict[str, Answers], ppo_recipe: dict[str, Any], n: int, bench: Bench
 ) -> dict[str, Any]:
     """The SFT model's best of n by the reward model, added to `answers`: what choosing gets without any training."""
     model, engine, encoder = answering(folder / "sft", ppo_recipe)
@@ -186,38 +209,52 @@ def best_of_answers(
     found = best_of_n(engine, model, encoder, scorer, prompts, n, SEED)
     ids = [encoder.prompt_ids(record["prompt"]) for record in prompts]
     answers[f"best_of_{n}"] = Answers(encoder, ids, found.response_ids, encoder.texts(found.response_ids))
-    return {"n": n, "kl": kl_bound(n)}
+    every = [bench.judge(prompts, Answers(encoder, ids, draw, encoder.texts(draw))) for draw in found.draws]
+    means = {
+        judge: best_of_each(torch.tensor([scores[judge] for scores in every]), found.draw_scores) for judge in every[0]
+    }
+    curve = [{"n": k + 1, "kl": kl_bound(k + 1), **{judge: means[judge][k] for judge in means}} for k in range(n)]
+    return {"n": n, "kl": kl_bound(n), "curve": curve}
 
 
-def judge_answers(
-    folder: Path,
-    lineages: dict[str, Any],
-    prompts: list[Record],
-    answers: Answers,
-    judges: dict[str, str],
-    notes: list[str],
-) -> dict[str, list[float]]:
-    """Every judge's score of every answer: the run's reward model as `reward` (as PPO reads it: an answer cut at the
-    length limit has no EOS), Python judges by their labels. A judge that fails is a note."""
-    found: dict[str, list[float]] = {}
-    messages, rows = [r["prompt"] for r in prompts], [r["row"] for r in prompts]
-    if "reward" in lineages:
-        try:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            scorer = build_scorer([RewardSource(model=str(folder / "reward"))], answers.encoder, device)
-            found["reward"] = scorer(messages, answers.prompt_ids, answers.response_ids, rows).scores.tolist()
-        except UserError as error:
-            _note_once(notes, f"reward: does not judge here: {error}")
-    for label, name in judges.items():
-        try:
-            verdicts = call_function(
-                import_function(name), name, [m[-1]["content"] for m in messages], answers.texts, rows
-            )
-        except UserError as error:
-            _note_once(notes, f"judge {name}: {error}")
-        else:
-            found[label] = verdicts
-    return found
+@dataclass
+class Bench:
+    """All judges: the run's reward model as `reward`, reward models of other folders, Python functions; by label.
+
+    A reward model reads as PPO does (an answer cut at the length limit has no EOS). A judge that fails is a note, never a loss.
+    """
+
+    run: Path | None
+    models: dict[str, str]
+    functions: dict[str, str]
+    notes: list[str]
+
+    def judge(self, prompts: list[Record], answers: Answers) -> dict[str, list[float]]:
+        """Every judge's score of every answer."""
+        found: dict[str, list[float]] = {}
+        messages, rows = [r["prompt"] for r in prompts], [r["row"] for r in prompts]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = {"reward": str(self.run / "reward")} if self.run else {}
+        for label, path in {**own, **self.models}.items():
+            try:
+                scorer = build_scorer([RewardSource(model=path)], answers.encoder, device)
+                found[label] = scorer(messages, answers.prompt_ids, answers.response_ids, rows).scores.tolist()
+            except UserError as error:
+                _note_once(self.notes, f"{label}: does not judge here: {error}")
+        for label, name in self.functions.items():
+            try:
+                verdicts = call_function(
+                    import_function(name), name, [m[-1]["content"] for m in messages], answers.texts, rows
+                )
+            except UserError as error:
+                _note_once(self.notes, f"judge {name}: {error}")
+            else:
+                found[label] = verdicts
+        return found
+
+
+def _is_folder(judge: str) -> bool:
+    return Path(judge).is_dir() or ":" not in judge
 
 
 def _note_once(notes: list[str], note: str) -> None:
@@ -229,17 +266,80 @@ def stage_figures(lineage: dict[str, Any]) -> dict[str, Any]:
     return {**lineage["metrics"], "flops": lineage["flops"], "processes": lineage["processes"]}
 
 
-def win_rates(scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """Each stage against each earlier one, by every judge; ties count one half."""
+def win_rates(scores: dict[str, dict[str, list[float]]], answers: dict[str, Answers]) -> list[dict[str, Any]]:
+    """Each stage against each earlier one and all against outside folders, by every judge; ties count one half."""
     rows = []
     order = ["pretrain", "sft", *(name for name in scores if name.startswith("best_of_")), "ppo"]
-    names = [name for name in order if name in scores]
+    outside = [name for name in scores if name not in order]
+    names = [*outside, *(name for name in order if name in scores)]
     for position, candidate in enumerate(names):
         for baseline in reversed(names[:position]):
             for judge in [judge for judge in scores[candidate] if judge in scores[baseline]]:
-                result = WinRate()._compute(scores[candidate][judge], scores[baseline][judge])
+                mine, theirs = np.array(scores[candidate][judge]), np.array(scores[baseline][judge])
+                result = WinRate()._compute(mine.tolist(), theirs.tolist())
+                lengths = [[len(ids) for ids in answers[name].response_ids] for name in (candidate, baseline)]
+                longer = np.array(lengths[0], float) - np.array(lengths[1], float)
+                result["length_controlled"] = length_controlled((mine > theirs) + 0.5 * (mine == theirs), longer)
                 rows.append({"candidate": candidate, "baseline": baseline, "judge": judge, **result})
     return rows
+
+
+def over_optimisation(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where proxy and gold part (Gao et al. 2023): the trained score went on rising, a judge that training never saw fell.
+
+    A fall counts from a tenth of what that judge had gained (or of its best value, where it gained nothing), which noise of
+    held-out means stays below.
+    """
+    found = []
+    for judge in [key for key in (points[0] if points else {}) if key not in NOT_GOLD and not key.startswith("score_")]:
+        gold = [point[judge] for point in points]
+        best = int(np.argmax(gold))
+        gained = max(gold[best] - gold[0], 0.1 * abs(gold[best]))
+        if (
+            best < len(gold) - 1
+            and points[-1]["reward"] > points[best]["reward"]
+            and gold[best] - gold[-1] > 0.1 * gained
+        ):
+            found.append(
+                {
+                    "judge": judge,
+                    "step": points[best]["step"],
+                    "kl": points[best]["kl"],
+                    "gold_best": gold[best],
+                    "gold_end": gold[-1],
+                    "proxy_then": points[best]["reward"],
+                    "proxy_end": points[-1]["reward"],
+                }
+            )
+    return found
+
+
+@torch.no_grad()
+def alignment_tax(
+    folder: Path, lineages: dict[str, Any], data_root: str | None, notes: list[str], most_blocks: int = 200
+) -> dict[str, Any] | None:
+    """Perplexity of every stage on the text that pretraining held out: what alignment cost elsewhere."""
+    if "pretrain" not in lineages:
+        return None
+    recipe = lineages["pretrain"]["recipe"]
+    tokenizer = load_tokenizer(str(folder / "pretrain"))
+    try:
+        entries = [DatasetEntry(**entry) for entry in recipe["datasets"]]
+        sources = read_sources(entries, "document", data_root or recipe["data_root"])
+    except UserError as error:
+        notes.append(f"alignment tax not measured: {error}")
+        return None
+    texts = [text for source in sources for text in split_texts(source, recipe["held_out_fraction"])[1]]
+    blocks = pack_documents(document_ids(tokenizer, texts), recipe["block_tokens"])[:most_blocks]
+    if not blocks:
+        return None
+    collate, found = BlockCollator(tokenizer.pad_token_id), {}
+    for stage in [name for name in ANSWERING if name in lineages]:
+        model: Any = load_causal_lm(str(folder / stage)).eval()
+        batches = (collate(blocks[i : i + 8]) for i in range(0, len(blocks), 8))
+        nll, tokens, _ = token_nll(model, batches, next(model.parameters()).device)
+        found[stage] = Perplexity()._compute([nll], [tokens])["perplexity"]
+    return {"perplexity": found, "tokens": tokens}
 
 
 def frontier(folder: Path) -> list[dict[str, Any]]:
@@ -297,14 +397,17 @@ def draw(folder: Path, lineages: dict[str, Any], best: dict[str, Any] | None = N
         if stage == "reward":
             drawn[stage] += reward_plots(lineage["metrics"])
         points = frontier(folder) if stage == "ppo" else []
-        for judge in ["reward", *judge_labels(lineage["recipe"].get("judges", []))]:
-            if points:
-                series = {"ppo": [(point["kl"], point[judge]) for point in points]}
-                if best and judge in best:
-                    series[f"best of {best['n']}"] = [(best["kl"], best[judge])]
-                labels = [str(point["step"]) for point in points]
-                title = f"ppo: {judge} over KL, held out, by rollout"
-                drawn[stage].append(curve(title, "KL, nats a response", f"mean {judge}", series, labels))
+        for judge in [key for key in (points[0] if points else {}) if key == "reward" or key not in NOT_GOLD]:
+            if judge.startswith("score_"):
+                continue
+            series = {"ppo, by rollout": [(math.sqrt(max(point["kl"], 0.0)), point[judge]) for point in points]}
+            if best and judge in best["curve"][0]:
+                name = f"best of 1 … {best['n']}"
+                series[name] = [(math.sqrt(point["kl"]), point[judge]) for point in best["curve"]]
+            labels = [str(point["step"]) for point in points]
+            kind = "trained score" if judge == "reward" else "judge unseen in training"
+            title = f"ppo: {judge} ({kind}) over √KL, held out"
+            drawn[stage].append(curve(title, "√KL, √nats a response", f"mean {judge}", series, labels))
     return drawn
 
 
@@ -344,6 +447,15 @@ def _headlines(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             )
     if "ppo" in stages:
         boxes.append(("KL", _figure(stages["ppo"]["kl"]), "nats a response, PPO from SFT"))
+    if report["over_optimisation"]:
+        at = report["over_optimisation"][0]
+        boxes.append(
+            (
+                "Over-optimised",
+                f"from rollout {at['step']}",
+                f"{at['judge']} fell after it while the trained score rose",
+            )
+        )
     boxes.append(("Training", f"{sum(report['seconds'].values()):.0f} s", "wall time of all stages"))
     return boxes
 

@@ -15,8 +15,8 @@ LAYERS = {
     "errors": 0, "hashing": 0, "algorithms": 0, "arguments": 0,
     "data": 1, "models": 1, "checkpoints": 1, "metrics": 1,
     "rollout": 2, "scoring": 2, "best_of_n": 2, "stage": 2, "training": 2, "judging": 2, "plots": 2, "sizing": 2,
-    "pretrain": 3, "sft": 3, "reward": 3, "ppo": 3, "check": 3, "report": 3, "score_file": 3, "check_data": 3, "plan": 3,
-    "run": 4, "cli": 4,
+    "pretrain": 3, "sft": 3, "reward": 3, "ppo": 3, "check": 3, "report": 3, "score_file": 3, "check_data": 3, "plan": 3, "compare": 3,
+    "run": 4, "dry_run": 4, "cli": 4,
 }  # fmt: skip
 STAGE_FILES = {"pretrain", "sft", "reward", "ppo", "check", "report"}
 

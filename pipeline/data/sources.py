@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any, Protocol
 
 from pipeline.data.cards import card_columns, split_files
 from pipeline.data.records import PARSERS, Problems, Record, RecordError, iter_jsonl
+from pipeline.data.splits import split_records
 from pipeline.errors import UserError
 from pipeline.hashing import sha256_file
 
 logger = logging.getLogger(__name__)
+SINGLE_DOCUMENT_HELD_OUT = 0.05
 
 
 class Entry(Protocol):
@@ -253,3 +256,15 @@ def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 def replace_records(source: Source, records: Sequence[Record]) -> Source:
     return dataclasses.replace(source, records=records)
+
+
+def split_texts(source: Source, fraction: float) -> tuple[list[str], list[str]]:
+    """(train, held-out) texts: by hash of the document; of a single document, its last part, cut at a line's end."""
+    if not source.single_document:
+        kept, held_out = split_records(source.records, fraction)
+        if not kept:
+            raise UserError(f"{source.name}: no document is left to train on; lower held_out_fraction")
+        return [r["text"] for r in kept], [r["text"] for r in held_out]
+    text = source.records[0]["text"]
+    cut = text.find("\n", math.floor(len(text) * (1 - SINGLE_DOCUMENT_HELD_OUT))) + 1
+    return ([text[:cut]], [text[cut:]]) if 0 < cut < len(text) else ([text], [])

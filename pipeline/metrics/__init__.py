@@ -1,7 +1,31 @@
-"""What is measured: one definition a metric, as `evaluate.Metric` classes that work offline; and the run's history."""
+"""What is measured: one definition a metric, as `evaluate.Metric` classes that work offline; and the run's history.
 
-from pipeline.metrics.calibration import ExpectedCalibrationError
-from pipeline.metrics.language import BitsPerByte, Perplexity
-from pipeline.metrics.preference import PairAccuracy, WinRate
+The classes are imported when they are asked for: `evaluate` takes seconds to import, which commands without metrics need not wait.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.metrics.calibration import ExpectedCalibrationError
+    from pipeline.metrics.language import BitsPerByte, Perplexity
+    from pipeline.metrics.preference import PairAccuracy, WinRate
+
+_HOMES = {
+    "BitsPerByte": "language",
+    "ExpectedCalibrationError": "calibration",
+    "PairAccuracy": "preference",
+    "Perplexity": "language",
+    "WinRate": "preference",
+}
 
 __all__ = ["BitsPerByte", "ExpectedCalibrationError", "PairAccuracy", "Perplexity", "WinRate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

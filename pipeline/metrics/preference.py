@@ -60,3 +60,25 @@ class WinRate(evaluate.Metric):
         difference = np.asarray(candidate) - np.asarray(baseline)
         wins = (difference > 0) + 0.5 * (difference == 0)
         return {"win_rate": float(wins.mean()), "ci95": list(bootstrap_interval(wins)), "prompts": len(wins)}
+
+
+def length_controlled(wins: np.ndarray, longer: np.ndarray) -> float:
+    """The win rate at equal length (after Dubois et al. 2024): a logistic regression of wins on the length difference, read
+    at no difference.
+
+    Args:
+        wins: (prompts,) 1, 0, or 0.5 for a tie; longer: (prompts,) candidate's length minus the baseline's.
+    """
+    from scipy.optimize import minimize
+
+    spread = longer.std()
+    if spread == 0 or wins.min() == wins.max():
+        return float(wins.mean())
+    x = np.tanh(longer / spread)
+
+    def loss(theta: np.ndarray) -> float:
+        z = theta[0] + theta[1] * x
+        return float((wins * np.logaddexp(0, -z) + (1 - wins) * np.logaddexp(0, z)).mean() + 1e-4 * (theta**2).sum())
+
+    found = minimize(loss, np.zeros(2), method="BFGS").x
+    return float(1 / (1 + np.exp(-found[0])))
