@@ -269,9 +269,14 @@ def _parent(
         if Path(path).is_dir() and (Path(path) / "lineage.json").exists():
             verify_parent(path, stages)
         if Path(path).is_dir() and not any(Path(path).glob("*token*")):
-            warnings.append(f"{path} has no tokenizer yet; one of the demo's corpus stood in")
+            earlier = list(outputs.values())[-1:]
+            whose = "an earlier stage's" if earlier else "one of the demo's corpus"
+            warnings.append(f"{path} has no tokenizer; {whose} stood in")
+            if earlier:
+                transformers.AutoTokenizer.from_pretrained(earlier[0]).save_pretrained(target)
+            else:
+                _stand_in_tokenizer(target)
             config.vocab_size = VOCABULARY
-            _stand_in_tokenizer(target)
         else:
             transformers.AutoTokenizer.from_pretrained(path).save_pretrained(target)
     auto: Any = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM

@@ -93,6 +93,7 @@ def recipe(tmp_path: Path, tokenizer: Any) -> Path:
             "output_dir": str(tmp_path / "run/ppo"),
             "datasets": data,
             "reward": [{"function": "fine:score"}],
+            "max_prompt_tokens": 64,
         },
     }
     for name, values in stages.items():
