@@ -140,7 +140,7 @@ def bars(title: str, ylabel: str, groups: dict[str, dict[str, float]]) -> Plot:
         axes.set_ylabel(ylabel)
         axes.set_ylim(0, 1)
         if len(groups) > 1:
-            axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+            axes.figure.legend(frameon=False, fontsize=8.5, loc="outside lower center", ncols=len(groups))
         svg = finish()
     rows = [
         {"series": group, "name": name, ylabel: value}

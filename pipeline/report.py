@@ -23,7 +23,7 @@ from pipeline.data.records import PARSERS, Record, read_jsonl
 from pipeline.data.sources import read_sources, split_texts
 from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError
-from pipeline.metrics import Perplexity, WinRate, history
+from pipeline.metrics import DistinctN, Perplexity, Repetition, WinRate, history
 from pipeline.metrics.language import token_nll
 from pipeline.metrics.preference import length_controlled
 from pipeline.models.loading import load_causal_lm, load_tokenizer
@@ -104,6 +104,7 @@ def write_report(
         "best_of_n": reference_point,
         "alignment_tax": alignment_tax(folder, lineages, data_root, notes),
         "agreement": agreement(scores),
+        "variety": {name: variety(found) for name, found in answers.items()},
         "samples": samples(prompts, answers, scores),
         "lineage": lineages,
         "notes": notes,
@@ -357,6 +358,18 @@ def frontier(folder: Path) -> list[dict[str, Any]]:
     return points
 
 
+def variety(answers: Answers) -> dict[str, float]:
+    """How varied a stage's answers are, within and among themselves, and how long."""
+    lengths = [len(ids) for ids in answers.response_ids]
+    return {
+        **DistinctN()._compute(answers.texts),
+        **Repetition()._compute(answers.texts),
+        "mean_tokens": float(np.mean(lengths)),
+        "shortest": min(lengths),
+        "longest": max(lengths),
+    }
+
+
 def agreement(scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
     """Correlation of the reward model's scores with each Python judge's, on each stage's answers."""
     rows = []
@@ -405,8 +418,7 @@ def draw(folder: Path, lineages: dict[str, Any], best: dict[str, Any] | None = N
                 name = f"best of 1 … {best['n']}"
                 series[name] = [(math.sqrt(point["kl"]), point[judge]) for point in best["curve"]]
             labels = [str(point["step"]) for point in points]
-            kind = "trained score" if judge == "reward" else "judge unseen in training"
-            title = f"ppo: {judge} ({kind}) over √KL, held out"
+            title = f"ppo: {judge} over √KL" + (" (trained score)" if judge == "reward" else " (unseen in training)")
             drawn[stage].append(curve(title, "√KL, √nats a response", f"mean {judge}", series, labels))
     return drawn
 

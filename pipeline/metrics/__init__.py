@@ -11,16 +11,29 @@ if TYPE_CHECKING:
     from pipeline.metrics.calibration import ExpectedCalibrationError
     from pipeline.metrics.language import BitsPerByte, Perplexity
     from pipeline.metrics.preference import PairAccuracy, WinRate
+    from pipeline.metrics.text import DistinctN, KLDivergence, Repetition
 
 _HOMES = {
     "BitsPerByte": "language",
+    "DistinctN": "text",
     "ExpectedCalibrationError": "calibration",
+    "KLDivergence": "text",
     "PairAccuracy": "preference",
     "Perplexity": "language",
+    "Repetition": "text",
     "WinRate": "preference",
 }
 
-__all__ = ["BitsPerByte", "ExpectedCalibrationError", "PairAccuracy", "Perplexity", "WinRate"]
+__all__ = [
+    "BitsPerByte",
+    "DistinctN",
+    "ExpectedCalibrationError",
+    "KLDivergence",
+    "PairAccuracy",
+    "Perplexity",
+    "Repetition",
+    "WinRate",
+]
 
 
 def __getattr__(name: str) -> Any:
