@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,10 @@ def write_report(
         "alignment_tax": alignment_tax(folder, lineages, data_root, notes),
         "agreement": agreement(scores),
         "variety": {name: variety(found) for name, found in answers.items()},
-        "samples": samples(prompts, answers, scores),
+        "samples": samples(prompts, answers, scores, range(min(SAMPLES, len(prompts)))),
+        "extremes": {
+            why: samples(prompts, answers, scores, [row])[0] for why, row in extremes(answers, scores).items()
+        },
         "lineage": lineages,
         "notes": notes,
     }
@@ -382,11 +385,12 @@ def agreement(scores: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]
 
 
 def samples(
-    prompts: list[Record], answers: dict[str, Answers], scores: dict[str, dict[str, list[float]]]
+    prompts: list[Record], answers: dict[str, Answers], scores: dict[str, dict[str, list[float]]], rows: Iterable[int]
 ) -> list[dict[str, Any]]:
+    """Some prompts with every stage's answer and its scores."""
     return [
         {
-            "prompt": record["prompt"][-1]["content"],
+            "prompt": prompts[i]["prompt"][-1]["content"],
             "responses": {
                 stage: {
                     "text": found.texts[i],
@@ -395,8 +399,23 @@ def samples(
                 for stage, found in answers.items()
             },
         }
-        for i, record in enumerate(prompts[:SAMPLES])
+        for i in rows
     ]
+
+
+def extremes(answers: dict[str, Answers], scores: dict[str, dict[str, list[float]]]) -> dict[str, int]:
+    """Prompts at which the last stage's answer is its longest, its shortest, and each judge's best and worst."""
+    last = next((name for name in reversed(ANSWERING) if name in answers), None)
+    if last is None or not answers[last].response_ids:
+        return {}
+    lengths = [len(ids) for ids in answers[last].response_ids]
+    found = {f"longest of {last}": int(np.argmax(lengths)), f"shortest of {last}": int(np.argmin(lengths))}
+    for judge, values in scores.get(last, {}).items():
+        found |= {
+            f"best of {last} by {judge}": int(np.argmax(values)),
+            f"worst of {last} by {judge}": int(np.argmin(values)),
+        }
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- the page
