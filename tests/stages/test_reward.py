@@ -196,7 +196,8 @@ def test_an_ensemble_needs_members(tmp_path: Path) -> None:
 
 def run(folder: Path, recipes: Path, extra: str, **changes: Any) -> Path:
     recipe = folder / "reward.yaml"
-    recipe.write_text((recipes / "reward.yaml").read_text() + extra)
+    text = (recipes / "reward.yaml").read_text()
+    recipe.write_text(text.replace("group_by_length: false", "group_by_length: true") + extra)
     sizes = {"max_steps": 8, "eval_steps": 4, "save_steps": 4, "logging_steps": 2, "report_to": None}
     flags = tiny_flags("reward", folder, config=recipe, **{**sizes, **changes})
     launch("reward", STAGES["reward"], reward.main, flags)
