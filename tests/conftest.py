@@ -133,6 +133,19 @@ def kill_when(command: list[str], ready: Callable[[], bool], number: int = signa
     return process.wait(timeout=120)
 
 
+def rlhf_here(*arguments: object, code: int = 0) -> tuple[str, str]:
+    """The command `rlhf` in this process: (what it printed, what it complained of). Imports are not paid for again."""
+    import io
+
+    from pipeline.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == code, f"{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
+
+
 def flags_of(values: dict[str, Any]) -> list[str]:
     flags = []
     for name, value in values.items():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, environment, tiny_flags
+from conftest import ROOT, rlhf_here, tiny_flags
 from pipeline import pretrain, reward, sft
 from pipeline.arguments import STAGES
 from pipeline.errors import UserError
@@ -28,16 +26,15 @@ TINY = LlamaConfig(
 
 
 def plan(recipe: object, *more: object, code: int = 0) -> Any:
-    command = [sys.executable, "-m", "pipeline.cli", "plan", str(recipe), "--json", *map(str, more)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout) if code == 0 else done.stderr
+    folder = ROOT / str(recipe)
+    said, complaint = rlhf_here("plan", folder, "--json", *more, code=code)
+    return json.loads(said) if code == 0 else complaint
 
 
 @pytest.fixture(scope="module")
 def paper() -> dict[str, Any]:
     found: dict[str, Any] = plan(
-        PAPER, "--gpus", 1024, "--gpu", "h100", "--accelerate", "recipes/accelerate/zero3.yaml"
+        PAPER, "--gpus", 1024, "--gpu", "h100", "--accelerate", ROOT / "recipes/accelerate/zero3.yaml"
     )
     return found["stages"]
 
@@ -88,7 +85,9 @@ def test_parameters_by_hand() -> None:
 @pytest.mark.parametrize(
     "config", [TINY, GPT2Config(vocab_size=400, n_embd=32, n_layer=6, n_head=4, n_positions=64)], ids=["llama", "gpt2"]
 )
-@pytest.mark.parametrize("head", ["causal", "score", "value", "response"])
+@pytest.mark.parametrize(
+    "head", ["causal", "response", *(pytest.param(h, marks=pytest.mark.full) for h in ("score", "value"))]
+)
 def test_layers_are_counted_on_from_few(config: Any, head: str) -> None:
     """Eight layers extended from four and six are eight layers stepped through."""
     from pipeline.sizing import fake_step
@@ -111,7 +110,7 @@ def test_checkpointing_and_smaller_batches_need_less() -> None:
 BODIES = {"pretrain": pretrain.main, "sft": sft.main, "reward": reward.main}
 
 
-@pytest.mark.parametrize("stage", BODIES)
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=[pytest.mark.full] if s != "reward" else []) for s in BODIES])
 def test_planned_memory_is_what_the_stage_uses(
     stage: str, chain: Path, recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

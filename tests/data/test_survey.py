@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from conftest import rlhf_here
 from pipeline.check_data import check_data, is_data
 from pipeline.data.comparisons import sift, summary
 from pipeline.data.records import parse_ranking
@@ -210,11 +211,8 @@ def test_unnamed_duplicates_are_dropped_and_unnamed_doubts_are_not() -> None:
 
 @pytest.mark.parametrize("card", ["hh_rlhf", "ultrafeedback", "tldr_comparisons", "demo_comparisons"])
 def test_check_surveys_a_card(card: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "check", f"data_cards/{card}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "length bias" in done.stdout
+    said, _ = rlhf_here("check", ROOT / "data_cards" / card)
+    assert "length bias" in said
 
 
 def test_trees_of_messages_become_rankings(tmp_path: Path) -> None:

@@ -73,7 +73,9 @@ def test_bad_rows(
 ) -> None:
     last = list(GOOD[stage])[-1]
     if bad in ("wrong type", "empty"):
-        bad = json.dumps({**GOOD[stage], last: 3.5 if bad == "wrong type" else " "})
+        # An empty response of a comparison is a defect of the data, for `problems:` to decide.
+        name = "prompt" if stage == "reward" and bad == "empty" else last
+        bad = json.dumps({**GOOD[stage], name: 3.5 if bad == "wrong type" else " "})
     recipe = with_data(stage, recipes, tmp_path, [json.dumps(GOOD[stage]), bad])
     line = refused(capsys, stage, flags(stage, chain, recipes, tmp_path, config=recipe))
     assert f"{tmp_path / 'data.jsonl'}:2: " in line

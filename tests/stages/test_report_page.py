@@ -6,27 +6,21 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, environment
+from conftest import rlhf_here
 
 import pytest
 
 SECTIONS = ("win-rates", "curves", "alignment-tax", "samples", "figures", "lineage")
 
 
-def rlhf(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
-    return done
-
-
 @pytest.fixture(scope="module")
 def report(chain: Path) -> Path:
-    rlhf("report", chain, "--num-prompts", 12, "--best-of", 3, "--judge", chain / "reward", "--against", chain / "sft")
+    rlhf_here(
+        "report", chain, "--num-prompts", 12, "--best-of", 3, "--judge", chain / "reward", "--against", chain / "sft"
+    )
     return chain / "report"
 
 
@@ -86,7 +80,7 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path) -> None:
 
 
 def test_two_runs_compared(chain: Path, tmp_path: Path) -> None:
-    same = rlhf("compare", chain, chain).stdout
+    same = rlhf_here("compare", chain, chain)[0]
     assert same.count("the same weights, nothing differs") == 4
     other = tmp_path / "other"
     shutil.copytree(chain / "reward", other / "reward")
@@ -96,14 +90,14 @@ def test_two_runs_compared(chain: Path, tmp_path: Path) -> None:
     lineage["metrics"]["accuracy"] = 0.99
     lineage["weights_sha256"] = "0" * 64
     path.write_text(json.dumps(lineage))
-    found = json.loads(rlhf("compare", chain, other, "--json").stdout)
+    found = json.loads(rlhf_here("compare", chain, other, "--json")[0])
     assert found["only"][str(chain)] == ["pretrain", "sft", "ppo"]
     reward = found["stages"]["reward"]
     assert reward["recipe"] == {"learning_rate": [5e-4, 0.25]}
     assert set(reward["result"]) == {"accuracy"}
     assert (reward["same_weights"], "data" in reward) == (False, False)
-    said = rlhf("compare", chain / "reward", other / "reward").stdout
+    said = rlhf_here("compare", chain / "reward", other / "reward")[0]
     assert "reward: other weights" in said
     assert "learning_rate" in said
-    assert "holds no finished stage" in rlhf("compare", chain, tmp_path, code=2).stderr
-    assert "no stage in common" in rlhf("compare", chain / "sft", other, code=2).stderr
+    assert "holds no finished stage" in rlhf_here("compare", chain, tmp_path, code=2)[1]
+    assert "no stage in common" in rlhf_here("compare", chain / "sft", other, code=2)[1]

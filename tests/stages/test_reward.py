@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, environment, lineage, make_lm, tiny_flags
+from conftest import ROOT, environment, lineage, make_lm, rlhf_here, tiny_flags
 from pipeline import reward
 from pipeline.arguments import STAGES, DatasetEntry, RewardArguments, load
 from pipeline.data.batching import LengthGroupedSampler
@@ -239,7 +239,13 @@ def encoder_model(style: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("style", "extra"),
-    [("bert", ""), ("roberta", ""), ("deberta", ""), ("bert", "lora:\n  r: 4\n  alpha: 8\n")],
+    [
+        ("bert", ""),
+        *(
+            pytest.param(*v, marks=pytest.mark.full)
+            for v in (("roberta", ""), ("deberta", ""), ("bert", "lora:\n  r: 4\n  alpha: 8\n"))
+        ),
+    ],
     ids=["bert", "roberta", "deberta", "bert-lora"],
 )
 def test_encoders_are_backbones_too(style: str, extra: str, recipes: Path, tmp_path: Path) -> None:
@@ -353,7 +359,7 @@ def test_scores_beside_rows(chain: Path, tmp_path: Path) -> None:
     rows = (ROOT / "data_cards/demo_comparisons/train.jsonl").read_text(encoding="utf-8").splitlines()[:150]
     source.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
     out = tmp_path / "out.jsonl"
-    assert "150 rows in" in rlhf("score", source, "--reward", chain / "reward", "--output", out).stdout
+    assert "150 rows in" in rlhf_here("score", source, "--reward", chain / "reward", "--output", out)[0]
     whole = out.read_bytes()
     scored = [json.loads(line) for line in whole.decode().splitlines()]
     first = scored[0]
@@ -361,32 +367,33 @@ def test_scores_beside_rows(chain: Path, tmp_path: Path) -> None:
     assert first["scores"] == pytest.approx(expected, abs=1e-4)
     assert {k: v for k, v in first.items() if k != "scores"} == json.loads(rows[0])
     out.write_bytes(whole[: len(whole) * 2 // 3])  # as a kill would leave it: half a line at the end
-    again = rlhf("score", source, "--reward", chain / "reward", "--output", out)
-    assert "of them before" in again.stdout
+    again = rlhf_here("score", source, "--reward", chain / "reward", "--output", out)
+    assert "of them before" in again[0]
     repeated = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["prompt"] for r in repeated] == [r["prompt"] for r in scored]
     for a, b in zip(repeated, scored, strict=True):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-4)
 
     source.write_text(rows[0] + "\n")
-    refused = rlhf("score", source, "--reward", chain / "reward", "--output", out, code=2)
-    assert "holds scores of other rows or of another model" in refused.stderr
+    refused = rlhf_here("score", source, "--reward", chain / "reward", "--output", out, code=2)
+    assert "holds scores of other rows or of another model" in refused[1]
     assert len(out.read_text().splitlines()) == 150, "nothing is overwritten"
     (tmp_path / "mine.jsonl").write_text("my notes\n")
-    mine = rlhf("score", source, "--reward", chain / "reward", "--output", tmp_path / "mine.jsonl", code=2)
-    assert "was not written by rlhf score" in mine.stderr
-    assert "is the input" in rlhf("score", source, "--reward", chain / "reward", "--output", source, code=2).stderr
+    mine = rlhf_here("score", source, "--reward", chain / "reward", "--output", tmp_path / "mine.jsonl", code=2)
+    assert "was not written by rlhf score" in mine[1]
+    assert "is the input" in rlhf_here("score", source, "--reward", chain / "reward", "--output", source, code=2)[1]
 
     source.write_text('{"question": "Hi!", "response": "Hello."}\n{"question": "Hi!", "response": "No."}\n')
-    rlhf("score", source, "--reward", chain / "reward", "--column", "prompt=question")
+    rlhf_here("score", source, "--reward", chain / "reward", "--column", "prompt=question")
     found = [json.loads(line) for line in (tmp_path / "r.scored.jsonl").read_text().splitlines()]
     assert [set(row) for row in found] == [{"question", "response", "score"}] * 2
     source.write_text('{"prompt": "Hi!", "response": "Hello."}\n{"prompt": "Hi!"}\n')
-    bad = rlhf("score", source, "--reward", chain / "reward", "--output", tmp_path / "none.jsonl", code=2)
-    assert f"{source}:2: " in bad.stderr
+    bad = rlhf_here("score", source, "--reward", chain / "reward", "--output", tmp_path / "none.jsonl", code=2)
+    assert f"{source}:2: " in bad[1]
     assert not (tmp_path / "none.jsonl").exists()
 
 
+@pytest.mark.full
 def test_seeds_and_folds_of_one_run(chain: Path, recipes: Path, tmp_path: Path) -> None:
     import yaml
 
