@@ -64,6 +64,7 @@ def test_a_second_run_skips_what_is_done(run: Path, recipe: Path) -> None:
     assert done.stdout.count("already complete") == 4
 
 
+@pytest.mark.full
 def test_part_of_a_run(run: Path, recipe: Path, tmp_path: Path) -> None:
     for stage in ("sft", "reward"):
         shutil.copytree(run / stage, tmp_path / stage)
