@@ -13,9 +13,7 @@ from test_resume import parents
 SCRIPT = str(Path(__file__).with_name("record_gradients.py"))
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(s, marks=[pytest.mark.full] if s != "ppo" else []) for s in STAGES]
-)
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=[pytest.mark.full] if s != "ppo" else []) for s in STAGES])
 def test_first_gradients_of_one_and_two_processes(chain: Path, recipes: Path, tmp_path: Path, stage: str) -> None:
     for processes in (1, 2):
         # Two processes also cut their rows into unequally many micro-batches.
