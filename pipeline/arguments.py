@@ -382,7 +382,7 @@ class PPOArguments(StageArguments):
     adam_beta2: float = key(0.95, "Adam's second beta (I22)")
     adam_epsilon: float = key(1e-5, "Adam's epsilon (Z19, N+)")
     max_grad_norm: float = key(1.0, "clip of each network's gradient norm")
-    micro_batch_tokens: int = key(4096, "padded tokens in one forward pass with gradients, of one process")
+    micro_batch_tokens: int = key(4096, "tokens in one forward pass with gradients, of one process")
     generation_rows: int = key(64, "rows sampled together in one process")
     eval_rollouts: int | None = key(
         None, "rollouts between two evaluations on held-out prompts; default: only at the end"
@@ -484,6 +484,7 @@ STAGES: dict[str, type[StageArguments]] = {
     "reward": RewardArguments,
     "ppo": PPOArguments,
 }
+KINDS = {"pretrain": "document", "sft": "demonstration", "reward": "ranking", "ppo": "prompt"}  # of each stage's rows
 
 Arguments = TypeVar("Arguments", bound=StageArguments)
 

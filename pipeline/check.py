@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import arguments
-from pipeline.arguments import STAGES, recipe_stages
+from pipeline.arguments import KINDS, STAGES, recipe_stages
 from pipeline.checkpoints import verify_parent
 from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.records import Record
@@ -20,7 +20,6 @@ from pipeline.scoring import import_from, import_function
 from rich.console import Console
 from rich.table import Table
 
-KINDS = {"pretrain": "document", "sft": "demonstration", "reward": "ranking", "ppo": "prompt"}
 PARENTS = {
     "pretrain": ("pretrain", "sft", "ppo"),
     "sft": ("pretrain", "sft", "ppo"),

@@ -95,6 +95,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="DIR",
         help="a model outside the run that answers, too; may be given again",
     )
+    report.add_argument(
+        "--llm-judge",
+        metavar="WHERE",
+        help="a language model that compares answers in pairs: a folder, or the base URL of an OpenAI-compatible server "
+        "(key in RLHF_JUDGE_API_KEY or OPENAI_API_KEY)",
+    )
+    report.add_argument("--llm-judge-model", metavar="NAME", help="the model's name at that server")
+    report.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval tasks of every stage")
+    report.add_argument("--tasks-path", metavar="DIR", help="folder of task files of your own")
+    report.add_argument("--watts", type=float, help="power of one device (of the machine, on CPUs), for the energy")
     report.add_argument("--prompts", metavar="FILE", help="held-out prompts; default: those of the PPO recipe")
     report.add_argument("--num-prompts", type=int, default=200, help="held-out prompts answered by every stage")
     report.add_argument(
@@ -209,6 +219,11 @@ def _dispatch(args: argparse.Namespace) -> int:
         data_root=args.data_root,
         best_of=args.best_of,
         against=args.against,
+        llm_judge=args.llm_judge,
+        llm_judge_model=args.llm_judge_model,
+        tasks=args.tasks,
+        tasks_path=args.tasks_path,
+        watts=args.watts,
     )
     return 0
 

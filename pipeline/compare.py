@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.arguments import STAGES
 from pipeline.checkpoints import read_lineage
 from pipeline.errors import UserError, shorten
 
 from rich.console import Console
 from rich.table import Table
 
-STAGES = ("pretrain", "sft", "reward", "ppo")
 # Where a run lies and how it talks are no differences of what it is.
 PLACES = ("output_dir", "parent", "reward", "run_name", "report_to", "quiet", "data_root")
 DEEPEST = 3  # levels of nested figures that are compared one by one

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -23,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import arguments
-from pipeline.arguments import STAGES, recipe_stages
-from pipeline.check import KINDS, PARENTS
+from pipeline.arguments import KINDS, STAGES, recipe_stages
+from pipeline.check import PARENTS
 from pipeline.checkpoints import read_lineage, verify_parent
 from pipeline.errors import UserError
 from pipeline.sizing import LAYER_NAMES, parameters
-from pipeline.stage import ERROR_FILE, ROOT
+from pipeline.stage import ERROR_FILE, ROOT, accelerate_config
+from pipeline.trackers import installed, wandb_login
 
 import yaml
 from rich.console import Console
@@ -73,8 +73,8 @@ def dry_run(recipe: str, data_root: str | None = None, parent: str | None = None
             flags += ["--data_root", data_root] if data_root else []
             flags += ["--parent", parent] if parent and position == 0 else []
             args: Any = arguments.load(STAGES[name], flags)
-            warnings = [*_refuse_what_no_step_shows(name, args, sharded), *_disk(name, args, outputs)]
-            values = _shrunk(name, args, folder, Path(scratch), outputs, warnings)
+            warnings = [*_refuse_what_no_step_shows(name, args, sharded), *_disk(name, args)]
+            values = _shrunk(name, args, Path(scratch), outputs, warnings)
             _run(name, values, folder, Path(scratch))
             outputs[os.path.normpath(args.output_dir)] = Path(scratch) / name
             lineage = read_lineage(Path(scratch) / name)
@@ -91,12 +91,7 @@ def dry_run(recipe: str, data_root: str | None = None, parent: str | None = None
 
 
 def _sharded(accelerate: str | None) -> str | None:
-    if accelerate is None:
-        return None
-    try:
-        kind = str(yaml.safe_load(Path(accelerate).read_text(encoding="utf-8"))["distributed_type"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"cannot be read as an accelerate config ({error!r})", file=accelerate) from error
+    kind = accelerate_config(accelerate).get("distributed_type") if accelerate else None
     return kind if kind in ("FSDP", "DEEPSPEED") else None
 
 
@@ -113,21 +108,17 @@ def _refuse_what_no_step_shows(name: str, args: Any, sharded: str | None) -> lis
     for tracker in args.trackers:
         needed[tracker] = True
     for package, wanted in needed.items():
-        names = ("tensorboard", "tensorboardX") if package == "tensorboard" else (package,)
-        if wanted and not any(importlib.util.find_spec(module) for module in names):
+        if wanted and not installed(package):
             raise UserError(f"{name}: {package} is not installed; pip install {package}, or drop what asks for it")
-    if "wandb" in args.trackers and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-        netrc = Path.home() / ".netrc"
-        known = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
-        if not known:
-            warnings.append("wandb has no log-in here and will write offline; run `wandb login` or set WANDB_API_KEY")
+    if "wandb" in args.trackers and not wandb_login():
+        warnings.append("wandb has no log-in here and will write offline; run `wandb login` or set WANDB_API_KEY")
     return warnings
 
 
-def _disk(name: str, args: Any, outputs: dict[str, Path]) -> list[str]:
+def _disk(name: str, args: Any) -> list[str]:
     """Whether the stage's weights and checkpoints would fit on the disk that it writes to."""
     try:
-        config = _config(args, None)
+        config = _config(args)
     except (UserError, OSError, ValueError):
         return []
     if config is None:
@@ -151,14 +142,14 @@ def _disk(name: str, args: Any, outputs: dict[str, Path]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ the shrunk recipe
 
 
-def _config(args: Any, base: Path | None) -> Any:
+def _config(args: Any) -> Any:
     """The config of the stage's own model, where it is not an earlier stage's."""
     import transformers
 
     if getattr(args, "config_class", None) and args.parent is None:
         vocabulary = args.train_tokenizer.vocab_size if args.train_tokenizer else 32_000
         return getattr(transformers, args.config_class)(**{"vocab_size": vocabulary, **args.model_config})
-    if args.parent and base is None and Path(args.parent).is_dir():
+    if args.parent and Path(args.parent).is_dir():
         return transformers.AutoConfig.from_pretrained(args.parent)
     return None
 
@@ -181,9 +172,7 @@ def shrink(config: Any) -> Any:
     return small
 
 
-def _shrunk(
-    name: str, args: Any, folder: Path, scratch: Path, outputs: dict[str, Path], warnings: list[str]
-) -> dict[str, Any]:
+def _shrunk(name: str, args: Any, scratch: Path, outputs: dict[str, Path], warnings: list[str]) -> dict[str, Any]:
     """The stage's recipe with small numbers, its inputs those of the dry run."""
     values = arguments.as_dict(args)
     values |= SMALL_PPO if name == "ppo" else SMALL
@@ -200,10 +189,8 @@ def _shrunk(
     if args.parent:
         values["parent"] = _parent(args.parent, PARENTS[name], scratch / f"{name}-parent", outputs, warnings)
     elif name == "pretrain":
-        small = shrink(_config(args, None)).to_dict()
-        sizes = {key: small[key] for key in args.model_config if key in small}
-        native = shrink(_config(args, None))
-        values["model_config"] = {key: getattr(native, key, sizes.get(key)) for key in args.model_config}
+        small = shrink(_config(args))
+        values["model_config"] = {key: getattr(small, key, None) for key in args.model_config}
         if args.train_tokenizer:
             values["train_tokenizer"] = {"vocab_size": min(args.train_tokenizer.vocab_size, VOCABULARY)}
         values["block_tokens"] = min(args.block_tokens, 128)

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import arguments
-from pipeline.arguments import STAGES, RewardSource, recipe_stages
+from pipeline.arguments import KINDS, STAGES, RewardSource, recipe_stages
 from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.sources import read_sources
 from pipeline.data.splits import spread
 from pipeline.data.tokenizer import train_tokenizer
+from pipeline.devices import Device, devices
 from pipeline.errors import UserError
 from pipeline.models.loading import assign_template, load_tokenizer
 from pipeline.models.roles import LOGITS_BYTES
@@ -33,27 +34,17 @@ from pipeline.sizing import (
     parameters,
     step_memory,
 )
+from pipeline.stage import accelerate_config
 
 import transformers
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 PETAFLOP_S_DAY = 1e15 * 86400
 GIB = 2**30
 SAMPLE = 300  # rows of a source whose tokens are counted
-KINDS = {"pretrain": "document", "sft": "demonstration", "reward": "ranking", "ppo": "prompt"}
 WEIGHT_BYTES = {None: 4.0, "8bit": 1.0, "4bit": 0.5 + 0.127 / 8}  # NF4 with double quantisation (Dettmers et al. 2023)
 ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
-
-
-@dataclass(frozen=True)
-class Device:
-    name: str
-    memory_gib: float
-    tflops: float
-    watts: float
-    usd_per_hour: float
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,6 @@ class Model:
 def plan_recipe(args: argparse.Namespace) -> int:
     folder = Path(args.recipe)
     setting = _setting(args)
-    bf16 = setting.device.name not in ("v100", "t4", "rtx2080ti")
     made: dict[str, Model] = {}
     stages: dict[str, Any] = {}
     for position, name in enumerate(recipe_stages(folder)):
@@ -109,7 +99,7 @@ def plan_recipe(args: argparse.Namespace) -> int:
         recipe: Any = arguments.load(STAGES[name], flags)
         model = _model(name, recipe, made, args)
         made[os.path.normpath(recipe.output_dir)] = model
-        stages[name] = _plan_stage(name, recipe, model, made, setting, bf16, args)
+        stages[name] = _plan_stage(name, recipe, model, made, setting, args)
     report = {
         "recipe": str(folder),
         "gpus": setting.gpus,
@@ -130,19 +120,6 @@ def plan_recipe(args: argparse.Namespace) -> int:
     return 0
 
 
-def devices(extra: str | None) -> dict[str, Device]:
-    """The table that ships, with a user's entries over it."""
-    found: dict[str, Any] = {}
-    for file in [Path(__file__).with_name("devices.yaml"), *([Path(extra)] if extra else [])]:
-        try:
-            entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-            found |= {str(name).lower(): Device(str(name).lower(), **values) for name, values in entries.items()}
-        except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
-            keys = ", ".join(f.name for f in dataclasses.fields(Device)[1:])
-            raise UserError(f"is no table of devices (name: {{{keys}}}): {error}", file=file) from error
-    return found
-
-
 def _setting(args: argparse.Namespace) -> Setting:
     known = devices(args.devices)
     if args.gpu.lower() not in known:
@@ -154,11 +131,8 @@ def _setting(args: argparse.Namespace) -> Setting:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range")
     sharding = "ddp" if args.gpus > 1 else "none"
     if args.accelerate:
-        try:
-            config = yaml.safe_load(Path(args.accelerate).read_text(encoding="utf-8"))
-            kind = str(config.get("distributed_type", "NO"))
-        except (OSError, yaml.YAMLError, AttributeError) as error:
-            raise UserError(f"cannot be read as an accelerate config: {error}", file=args.accelerate) from error
+        config = accelerate_config(args.accelerate)
+        kind = config.get("distributed_type")
         if kind == "FSDP":
             sharding = "fsdp2"
         elif kind == "DEEPSPEED":
@@ -338,9 +312,7 @@ def _states(trained: float, frozen_bytes: float, recipe: Any, setting: Setting) 
     return parts
 
 
-def _trainer_memory(
-    name: str, recipe: Any, model: Model, data: Data, setting: Setting, bf16: bool
-) -> tuple[dict[str, float], int]:
+def _trainer_memory(name: str, recipe: Any, model: Model, data: Data, setting: Setting) -> tuple[dict[str, float], int]:
     """(bytes by part, largest examples_per_device that fits)."""
     lora = getattr(recipe, "lora", None)
     quantization = getattr(recipe, "quantization", None)
@@ -362,7 +334,7 @@ def _trainer_memory(
         examples if name != "reward" else max(1, round(examples * data.responses)),
         length,
         head={"pretrain": "causal", "sft": "tiles", "reward": "score"}[name],
-        precision=_precision(setting, bf16),
+        precision=_precision(setting),
         checkpointing=recipe.gradient_checkpointing,
     )
     fixed = sum(parts.values())
@@ -370,13 +342,13 @@ def _trainer_memory(
     return parts, int(max(0.0, setting.device.memory_gib * GIB * 0.95 - fixed) // (here / examples))
 
 
-def _precision(setting: Setting, bf16: bool) -> str:
+def _precision(setting: Setting) -> str:
     """How the step computes (see `sizing.step_memory`)."""
-    return "fp32" if not bf16 else "bf16" if setting.shards["weights"] > 1 else "autocast"
+    return "fp32" if not setting.device.bf16 else "bf16" if setting.shards["weights"] > 1 else "autocast"
 
 
 def _ppo_memory(
-    recipe: Any, model: Model, value: Model, reward: Model | None, data: Data, setting: Setting, bf16: bool
+    recipe: Any, model: Model, value: Model, reward: Model | None, data: Data, setting: Setting
 ) -> tuple[dict[str, float], int]:
     """(bytes by part, largest micro_batch_tokens that fits)."""
     n, v = model.size.total, value.size.total
@@ -399,7 +371,7 @@ def _ppo_memory(
     if recipe.ema_decay:
         parts["average of the policy"] = 4.0 * n
     parts |= {"gradients": 4.0 * trained, "optimizer": 8.0 * trained}
-    precision = _precision(setting, bf16)
+    precision = _precision(setting)
     prompt = min(data.tokens, recipe.max_prompt_tokens)
     length = max(2, int(prompt + recipe.max_response_tokens))
 
@@ -416,7 +388,7 @@ def _ppo_memory(
         return max(policy, scalar)  # one after the other
 
     rows = min(recipe.generation_rows, max(1, recipe.prompts_per_rollout // setting.gpus))
-    cache = cache_bytes(model.config, rows, length, 2 if bf16 else 4)
+    cache = cache_bytes(model.config, rows, length, 2 if setting.device.bf16 else 4)
     here = update()
     fixed = sum(parts.values())
     parts["KV cache" if here < cache else "activations"] = max(here, cache)  # phases take turns: the larger counts
@@ -429,7 +401,7 @@ def _ppo_memory(
 
 
 def _plan_stage(
-    name: str, recipe: Any, model: Model, made: dict[str, Model], setting: Setting, bf16: bool, args: argparse.Namespace
+    name: str, recipe: Any, model: Model, made: dict[str, Model], setting: Setting, args: argparse.Namespace
 ) -> dict[str, Any]:
     data = _data(name, recipe, model)
     sharded = setting.sharding in ("zero2", "zero3", "fsdp2")
@@ -440,11 +412,11 @@ def _plan_stage(
         from_reward = recipe.value_init == "reward" or (recipe.value_init is None and recipe.roles == "separate")
         value = reward if reward and from_reward else Model(model.config, parameters(model.config, scalar=True))
         work = _ppo_work(recipe, model, value, reward, data, args)
-        memory, fits = _ppo_memory(recipe, model, value, reward, data, here, bf16)
+        memory, fits = _ppo_memory(recipe, model, value, reward, data, here)
         batch_key = "micro_batch_tokens"
     else:
         work = _trainer_work(name, recipe, model, data)
-        memory, fits = _trainer_memory(name, recipe, model, data, here, bf16)
+        memory, fits = _trainer_memory(name, recipe, model, data, here)
         batch_key = "examples_per_device"
     generating = work.flops.get("generate", 0.0)
     total = sum(work.flops.values())
@@ -480,7 +452,7 @@ def _plan_stage(
             f"{name} refuses {setting.sharding}; planned data-parallel, every device with a whole copy"
         )
     if not result["fits"]:
-        result["advice"] = _advice(name, recipe, model, made, data, here, bf16, needed, room)
+        result["advice"] = _advice(name, recipe, model, made, data, here, needed, room)
     return result
 
 
@@ -509,7 +481,6 @@ def _advice(
     made: dict[str, Model],
     data: Data,
     setting: Setting,
-    bf16: bool,
     needed: float,
     room: float,
 ) -> list[str]:
@@ -543,9 +514,9 @@ def _advice(
         if name == "ppo":
             reward = _reward_model(tried, made)
             value = Model(model.config, parameters(model.config, scalar=True))
-            memory, _ = _ppo_memory(tried, model, value, reward, data, setting, bf16)
+            memory, _ = _ppo_memory(tried, model, value, reward, data, setting)
         else:
-            memory, _ = _trainer_memory(name, tried, model, data, setting, bf16)
+            memory, _ = _trainer_memory(name, tried, model, data, setting)
         total = sum(memory.values())
         found.append(f"{text}: {total / GIB:,.1f} GiB" + (", fits" if total <= room else ""))
         if total <= room:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,8 @@ def curve(
     ylabel: str,
     series: Series,
     labels: Sequence[str] = (),
-    scatter: bool = False,
 ) -> Plot:
-    """Lines (or points) of one or more series; `labels` stand at the points of the first."""
+    """Lines of one or more series; `labels` stand at the points of the first."""
     with _figure(title) as (axes, finish):
         for (name, points), color in zip(series.items(), COLORS, strict=False):
             axes.plot(
@@ -110,7 +110,7 @@ def curve(
                 label=name,
                 color=color,
                 marker="o" if len(points) < 20 else None,
-                linestyle="none" if scatter or len(points) == 1 else "-",
+                linestyle="none" if len(points) == 1 else "-",
                 markersize=4,
                 linewidth=1.6,
             )
@@ -150,43 +150,85 @@ def bars(title: str, ylabel: str, groups: dict[str, dict[str, float]]) -> Plot:
     return Plot(title, svg, rows)
 
 
-class _figure:
-    """A figure of the house style; gives its axes, and what ends it with its SVG."""
+def lineage_plot(lineages: dict[str, dict[str, Any]], changed: Collection[str]) -> Plot:
+    """From data to policy: datasets above the stages that read them, arrows from parents; `changed` are stages whose
+    weights on the disk are no longer those of their lineage."""
+    title = "lineage"
+    names = list(lineages)
+    outside = {
+        parent["path"]: parent["weights_sha256"]
+        for lineage in lineages.values()
+        for parent in lineage["parents"]
+        if parent.get("stage") not in lineages
+    }
+    places = {name: (float(i), 0.0) for i, name in enumerate(names)}
+    places |= {path: (float(i), -1.0) for i, path in enumerate(outside)}
+    rows: list[dict[str, Any]] = []
+    with _figure(title, (2.3 * max(len(names), 2), 3.4)) as (axes, finish):
+        axes.set_axis_off()
+        axes.set_xlim(-0.55, max(len(names), len(outside)) - 0.45)
+        axes.set_ylim(-1.5 if outside else -0.6, 1.5)
 
-    def __init__(self, title: str):
-        self.title = title
+        def box(text: str, at: tuple[float, float], color: str) -> None:
+            frame = {"boxstyle": "round,pad=0.5", "facecolor": "none", "edgecolor": color, "linewidth": 1.4}
+            axes.text(*at, text, ha="center", va="center", fontsize=8, bbox=frame)
 
-    def __enter__(self) -> tuple[Any, Any]:
-        import matplotlib
+        def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+            far = abs(end[0] - start[0]) > 1 and start[1] == end[1]
+            bend = "arc3,rad=0.35" if far else "arc3,rad=0"  # below the stages between
+            style = {"arrowstyle": "->", "color": COLORS[3], "shrinkA": 34, "shrinkB": 34, "connectionstyle": bend}
+            axes.annotate("", xy=end, xytext=start, arrowprops=style)
 
-        matplotlib.use("svg")
-        from matplotlib import pyplot
+        for name, lineage in lineages.items():
+            x, y = places[name]
+            state = "weights changed since" if name in changed else "weights as written"
+            box(
+                f"{name}\n{lineage['weights_sha256'][:10]}\n{state}",
+                (x, y),
+                COLORS[1] if name in changed else COLORS[0],
+            )
+            read = list(dict.fromkeys(d["name"] for d in lineage["datasets"]))
+            box("\n".join(read) or "no data", (x, 1.1), COLORS[2])
+            arrow((x, 1.1), (x, y))
+            rows += [{"from": d["name"], "to": name, "sha256": d["sha256"]} for d in lineage["datasets"]]
+            for parent in lineage["parents"]:
+                source = parent["stage"] if parent.get("stage") in lineages else parent["path"]
+                arrow(places[source], (x, y))
+                rows.append({"from": source, "to": name, "sha256": parent["weights_sha256"]})
+        for path, sha256 in outside.items():
+            box(f"{Path(path).name}\n{sha256[:10]}\nfrom outside", places[path], COLORS[4])
+        svg = finish()
+    return Plot(title, svg, rows)
 
-        self.context = pyplot.rc_context(
-            {
-                "svg.fonttype": "none",
-                "svg.hashsalt": self.title,
-                "font.size": 10,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-            }
-        )
-        self.context.__enter__()
-        self.figure, axes = pyplot.subplots(figsize=(4.6, 2.9), layout="constrained")
-        axes.set_title(self.title, fontsize=11)
-        return axes, self.finish
 
-    def finish(self) -> str:
-        buffer = io.StringIO()
-        self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        svg = buffer.getvalue()
-        # Text and axes take the page's colour, so the plot reads in light and in dark.
-        return (
-            svg[svg.index("<svg") :].replace("#000000", "currentColor").replace("stroke: #000", "stroke: currentColor")
-        )
+@contextlib.contextmanager
+def _figure(title: str, size: tuple[float, float] = (4.6, 2.9)) -> Iterator[tuple[Any, Callable[[], str]]]:
+    """A figure of the house style: its axes, and what gives its SVG once they are drawn."""
+    import matplotlib
 
-    def __exit__(self, *error: object) -> None:
-        from matplotlib import pyplot
+    matplotlib.use("svg")
+    from matplotlib import pyplot
 
-        pyplot.close(self.figure)
-        self.context.__exit__(None, None, None)
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+        axes.set_title(title, fontsize=11)
+
+        def finish() -> str:
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            svg = buffer.getvalue()
+            # Text and axes take the page's colour, so the plot reads in light and in dark.
+            svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
+            return svg.replace("stroke: #000", "stroke: currentColor")
+
+        try:
+            yield axes, finish
+        finally:
+            pyplot.close(figure)

@@ -28,7 +28,7 @@ from pipeline.algorithms.ppo import RunningMoments, missing_eos_scores, policy_l
 from pipeline.algorithms.schedules import lr_factor
 from pipeline.arguments import PPOArguments
 from pipeline.checkpoints import Parent, read_lineage, tokenizer_hashes, verify_parent, write_json, writing
-from pipeline.data.batching import Cut, endless, microbatches, seeded_order
+from pipeline.data.batching import endless, microbatches, seeded_order
 from pipeline.data.collators import BlockCollator, right_pad
 from pipeline.data.encoding import IGNORE, ChatEncoder, document_ids, forbidden_ids
 from pipeline.data.packing import Block, pack_documents
@@ -45,6 +45,7 @@ from pipeline.models.loading import (
     require_pad,
     resolve_precision,
 )
+from pipeline.models.packed import lay_out, prepare
 from pipeline.models.roles import AdapterRoles, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
 from pipeline.models.scalar_head import load_scalar_model
 from pipeline.rollout import (
@@ -67,6 +68,7 @@ from pipeline.scoring import (
     source_sha256,
 )
 from pipeline.stage import Run, launch
+from pipeline.trackers import PROJECT, log_samples
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -142,10 +144,11 @@ def main(run: Run[PPOArguments]) -> None:
         loop.load(checkpoint)
     resumed = run.begin(checkpoint)
     if args.trackers:
+        name = args.run_name or f"{Path(args.output_dir).parent.name}-ppo"
         accelerator.init_trackers(
-            "rlhf-pipeline",
+            PROJECT,
             config={k: str(v) for k, v in run.output.recipe.items()},
-            init_kwargs={"wandb": {"name": args.run_name or f"{Path(args.output_dir).parent.name}-ppo"}},
+            init_kwargs={"wandb": {"name": name}, "trackio": {"name": name, "resume": "allow"}},
         )
 
     bar = tqdm(
@@ -320,11 +323,10 @@ def build_roles(
         value = load_value(args, parent, rewards, encoder)
         roles = SeparateRoles(policy, load_causal_lm(parent.path), value, wrap, autocast)
         roles.value.to(device)
-    if (
-        bf16 and device.type == "cpu"
-    ):  # torch's fused attention is several times slower backward there, at these lengths
-        for model in roles.networks():
-            model.set_attn_implementation("eager")
+    prepared = [prepare(model) for model in roles.networks()]
+    roles.packed = all(prepared)
+    if not roles.packed:
+        logger.info("ppo: %s takes padded rows only; its padding is computed too", type(policy).__name__)
     roles.policy.refuse_transformed_logits()
     return roles
 
@@ -375,9 +377,6 @@ class Loop:
         self.run, self.args, self.accelerator, self.roles = run, run.args, accelerator, roles
         self.encoder, self.scorer, self.judges, self.blocks, self.state = encoder, scorer, judges, blocks, state
         args = self.args
-        on_cpu = accelerator.device.type == "cpu"
-        bf16_on_cpu = on_cpu and resolve_precision(args.precision)
-        self.cut = Cut((256 if bf16_on_cpu else 64) if on_cpu else 4096, 16 if bf16_on_cpu else 1)
         self.stop_ids = stop_token_ids(args, encoder)
         self.engine = LocalEngine(
             args.max_response_tokens,
@@ -449,7 +448,7 @@ class Loop:
         ]
         lengths = [len(r["ids"]) + len(a) for r, a in zip(mine, responses, strict=True)]
         extra = self.args.score_position == "after"
-        for group in microbatches(lengths, list(range(len(rows))), 4 * self.args.micro_batch_tokens, self.cut):
+        for group in microbatches(lengths, list(range(len(rows))), 4 * self.args.micro_batch_tokens):
             batch = self.tensors([mine[i]["ids"] for i in group], [responses[i] for i in group])
             found = {name: values.tolist() for name, values in self.roles.measure(batch, with_values).items()}
             for k, i in enumerate(group):
@@ -584,7 +583,7 @@ class Loop:
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         sums: dict[str, Tensor] = {}
         largest = 0.0
-        for group in microbatches(lengths, mine, args.micro_batch_tokens, self.cut):
+        for group in microbatches(lengths, mine, args.micro_batch_tokens):
             batch = self.tensors([rollout.prompt_ids[i] for i in group], [rollout.response_ids[i] for i in group])
             width, mask = batch["tokens"].shape[1], batch["mask"]
             old = {
@@ -683,18 +682,17 @@ class Loop:
         )
 
     def tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> dict[str, Tensor]:
-        """Right-padded inputs of a micro-batch, no longer than its longest row (see `PolicyModel.forward`)."""
+        """The input of a micro-batch, and where its responses are read (see `PolicyModel.forward`)."""
         mask = response_mask_of(response_ids, self.args.score_position)
-        starts = torch.tensor([len(p) for p in prompt_ids])[:, None]
+        prompts = torch.tensor([len(p) for p in prompt_ids])[:, None]
         lengths = torch.tensor([len(r) for r in response_ids])[:, None]
         last = lengths - int(self.args.score_position == "last")  # "after": the state at the last token has a value too
         tokens = right_pad(response_ids, 0)
-        pad_id = self.encoder.tokenizer.pad_token_id
-        input_ids = right_pad([p + r for p, r in zip(prompt_ids, response_ids, strict=True)], pad_id)
-        longest = input_ids.shape[1]
-        batch = {
-            "input_ids": nn.functional.pad(input_ids, (0, self.cut.padded(longest) - longest), value=pad_id),
-            "positions": starts - 1 + torch.minimum(torch.arange(mask.shape[1])[None], last),
+        rows = [p + r for p, r in zip(prompt_ids, response_ids, strict=True)]
+        batch = lay_out(rows, self.encoder.tokenizer.pad_token_id, self.roles.packed)
+        within = prompts - 1 + torch.minimum(torch.arange(mask.shape[1])[None], last)
+        batch |= {
+            "positions": batch["starts"][:, None] + within,
             "tokens": nn.functional.pad(tokens, (0, mask.shape[1] - tokens.shape[1])),
             "mask": mask,
         }
@@ -710,6 +708,7 @@ class Loop:
             folder = Path(args.output_dir) / "samples"
             folder.mkdir(exist_ok=True)
             write_json(folder / f"rollout-{state.rollout:06d}.json", samples)
+            log_samples(self.accelerator.trackers, samples, state.rollout)
             for sample in samples[:SHOWN]:
                 logger.info(
                     "ppo sample: %s → %s (%.2f)",

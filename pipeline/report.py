@@ -9,27 +9,30 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.arguments import DatasetEntry, RewardSource
 from pipeline.best_of_n import best_of_each, best_of_n, kl_bound
-from pipeline.checkpoints import read_lineage, weights_sha256, write_json
+from pipeline.checkpoints import read_lineage, tokenizer_hashes, weights_sha256, write_json
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import ChatEncoder, document_ids, forbidden_ids
 from pipeline.data.packing import pack_documents
 from pipeline.data.records import PARSERS, Record, read_jsonl
-from pipeline.data.sources import read_sources, split_texts
+from pipeline.data.sources import digest_of, files_of, read_sources, split_texts
 from pipeline.data.splits import split_records, spread
+from pipeline.devices import device_called, devices
 from pipeline.errors import UserError
+from pipeline.llm_judge import Judge, compare_answers, judge_from
+from pipeline.lm_eval_tasks import require_lm_eval, task_scores
 from pipeline.metrics import DistinctN, Perplexity, Repetition, WinRate, history
 from pipeline.metrics.language import token_nll
 from pipeline.metrics.preference import length_controlled
 from pipeline.models.loading import load_causal_lm, load_tokenizer
-from pipeline.plots import Plot, curve, reward_plots, stage_curves
+from pipeline.plots import Plot, curve, lineage_plot, reward_plots, stage_curves
 from pipeline.rollout import LocalEngine, row_uniforms
-from pipeline.scoring import build_scorer, call_function, import_from, import_function, judge_labels
+from pipeline.scoring import Scorer, build_scorer, call_function, import_from, import_function, judge_labels
 
 import numpy as np
 import torch
@@ -37,6 +40,7 @@ import torch
 logger = logging.getLogger(__name__)
 STAGES = ("pretrain", "sft", "reward", "ppo")
 ANSWERING = ("pretrain", "sft", "ppo")
+DATASET_KEYS = ("datasets", "eval_datasets", "ptx_datasets", "center_on")
 SAMPLES = 24
 SEED = 2**30
 NOT_GOLD = (
@@ -59,6 +63,11 @@ def write_report(
     data_root: str | None = None,
     best_of: int = 8,
     against: Sequence[str] = (),
+    llm_judge: str | None = None,
+    llm_judge_model: str | None = None,
+    tasks: Sequence[str] = (),
+    tasks_path: str | None = None,
+    watts: float | None = None,
 ) -> Path:
     """Measure the run in `run_dir` and write its report; what is missing or changed is said in it, the rest reported.
 
@@ -66,10 +75,14 @@ def write_report(
         UserError: no stage is there, or no held-out prompts can be found.
     """
     folder = Path(run_dir)
-    lineages, notes = read_run(folder)
+    run = read_run(folder, data_root)
+    lineages, notes = run.lineages, run.notes
     for lineage in lineages.values():
         if lineage.get("config"):
             import_from(Path(lineage["config"]).parent)
+    asked_judge = judge_from(llm_judge, llm_judge_model) if llm_judge else None
+    if tasks:
+        require_lm_eval()
     prompts = held_out_prompts(folder, lineages, prompts_file, num_prompts, data_root)
     ppo_recipe = lineages.get("ppo", {}).get("recipe", {})
     models = {Path(judge).name: judge for judge in judges if _is_folder(judge)}
@@ -91,6 +104,7 @@ def write_report(
         name, point = f"best_of_{best_of}", reference_point
         scores[name] = bench.judge(prompts, answers[name])
         point |= {judge: float(np.mean(values)) for judge, values in scores[name].items()}
+    compared = llm_win_rates(asked_judge, prompts, answers, list(outside), notes) if asked_judge else []
     points = frontier(folder)
     parted = over_optimisation(points)
     stages = {name: stage_figures(lineage) for name, lineage in lineages.items()}
@@ -98,11 +112,14 @@ def write_report(
         "run": folder.name,
         "stages": stages,
         "seconds": {name: lineage["seconds"] for name, lineage in lineages.items()},
-        "win_rates": win_rates(scores, answers),
+        "win_rates": [*win_rates(scores, answers), *[row for row in compared if row["prompts"]]],
+        "llm_judge": compared,
         "frontier": points,
         "over_optimisation": parted,
         "best_of_n": reference_point,
         "alignment_tax": alignment_tax(folder, lineages, data_root, notes),
+        "tasks": task_scores(folder, [s for s in ANSWERING if s in lineages], tasks, tasks_path, notes),
+        "energy": energy(lineages, watts),
         "agreement": agreement(scores),
         "variety": {name: variety(found) for name, found in answers.items()},
         "samples": samples(prompts, answers, scores, range(min(SAMPLES, len(prompts)))),
@@ -115,31 +132,69 @@ def write_report(
     target = folder / "report"
     target.mkdir(exist_ok=True)
     write_json(target / "report.json", report)
-    (target / "index.html").write_text(render(report, draw(folder, lineages, reference_point)), encoding="utf-8")
+    (target / "index.html").write_text(
+        render(report, draw(folder, lineages, points, reference_point), lineage_plot(lineages, run.changed)),
+        encoding="utf-8",
+    )
     print(f"report: {_summary(report)}{target / 'index.html'}")
     return target
 
 
-def read_run(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Lineages of the finished stages, and notes on what is missing or no longer what it was."""
-    lineages, notes = {}, []
+@dataclass
+class RunFolder:
+    """Lineages of the finished stages, notes on what is missing or no longer what it was, and stages whose weights are not."""
+
+    lineages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+
+def read_run(folder: Path, data_root: str | None = None) -> RunFolder:
+    """Read a run's folder and hold every hash in its lineages against the disk."""
+    found = RunFolder()
     for name in STAGES:
         if not (folder / name).is_dir():
             continue
         lineage = read_lineage(folder / name)
         if lineage is None:
-            notes.append(f"{name}: not finished; {folder / name} has no lineage.json")
+            found.notes.append(f"{name}: not finished; {folder / name} has no lineage.json")
             continue
         if weights_sha256(folder / name) != lineage["weights_sha256"]:
-            notes.append(f"{name}: its weights changed after the stage finished; the figures below may not be theirs")
-        lineages[name] = lineage
+            found.changed.append(name)
+            found.notes.append(
+                f"{name}: its weights changed after the stage finished; the figures below may not be theirs"
+            )
+        found.lineages[name] = lineage
         for parent in lineage["parents"]:
             stage = parent.get("stage")
-            if stage in lineages and lineages[stage]["weights_sha256"] != parent["weights_sha256"]:
-                notes.append(f"{name}: was trained from another {stage} than the one that lies here now")
-    if not lineages:
+            if stage in found.lineages and found.lineages[stage]["weights_sha256"] != parent["weights_sha256"]:
+                found.notes.append(f"{name}: was trained from another {stage} than the one that lies here now")
+        found.notes += _changed_data(name, lineage, data_root)
+    if not found.lineages:
         raise UserError(f"{str(folder)!r} holds no finished stage; run `rlhf run RECIPE --output-dir {folder}` first")
-    return lineages, notes
+    return found
+
+
+def _changed_data(name: str, lineage: dict[str, Any], data_root: str | None) -> list[str]:
+    """Datasets that no longer are what the stage read, or no longer here; the Hub's are not asked for."""
+    recipe = lineage["recipe"]
+    root = Path(data_root or recipe["data_root"])
+    known = {d["sha256"] for d in lineage["datasets"]}
+    notes = []
+    for key in DATASET_KEYS:
+        for values in recipe.get(key) or []:
+            entry = DatasetEntry(**values)
+            if entry.path is None:
+                continue
+            path = root / entry.path
+            try:
+                same = digest_of(files_of(entry, path)) in known
+            except (UserError, OSError):
+                notes.append(f"{name}: its data {path} cannot be read any more, so it was not checked")
+                continue
+            if not same:
+                notes.append(f"{name}: its data {path} changed after the stage finished")
+    return notes
 
 
 def held_out_prompts(
@@ -232,6 +287,7 @@ class Bench:
     models: dict[str, str]
     functions: dict[str, str]
     notes: list[str]
+    scorers: dict[Any, Scorer] = field(default_factory=dict)  # by folder and the answers' tokenizer
 
     def judge(self, prompts: list[Record], answers: Answers) -> dict[str, list[float]]:
         """Every judge's score of every answer."""
@@ -241,7 +297,10 @@ class Bench:
         own = {"reward": str(self.run / "reward")} if self.run else {}
         for label, path in {**own, **self.models}.items():
             try:
-                scorer = build_scorer([RewardSource(model=path)], answers.encoder, device)
+                key = (path, tokenizer_hashes(answers.encoder.tokenizer))
+                if key not in self.scorers:
+                    self.scorers[key] = build_scorer([RewardSource(model=path)], answers.encoder, device)
+                scorer = self.scorers[key]
                 found[label] = scorer(messages, answers.prompt_ids, answers.response_ids, rows).scores.tolist()
             except UserError as error:
                 _note_once(self.notes, f"{label}: does not judge here: {error}")
@@ -288,6 +347,55 @@ def win_rates(scores: dict[str, dict[str, list[float]]], answers: dict[str, Answ
     return rows
 
 
+def gold_judges(points: list[dict[str, Any]]) -> list[str]:
+    """Judges of the evaluations that training never saw."""
+    return [key for key in (points[0] if points else {}) if key not in NOT_GOLD and not key.startswith("score_")]
+
+
+def llm_win_rates(
+    judge: Judge, prompts: list[Record], answers: dict[str, Answers], outside: list[str], notes: list[str]
+) -> list[dict[str, Any]]:
+    """A language model's win rates: each stage over the one before it, PPO over best of n and over every outside folder."""
+    chain = [name for name in ANSWERING if name in answers]
+    pairs = list(zip(chain[1:], chain, strict=False))
+    others = [name for name in answers if name.startswith("best_of_") or name in outside]
+    pairs += [(chain[-1], name) for name in others if chain and name in answers]
+    rows = []
+    for candidate, baseline in pairs:
+        mine, theirs = answers[candidate], answers[baseline]
+        longer = [len(a) - len(b) for a, b in zip(mine.response_ids, theirs.response_ids, strict=True)]
+        result = compare_answers(judge, [r["prompt"][-1]["content"] for r in prompts], mine.texts, theirs.texts, longer)
+        rows.append({"candidate": candidate, "baseline": baseline, "judge": judge.label, **result})
+        if result["failed"]:
+            why = ", ".join(sorted({failure["why"] for failure in result["failed"]})[:3])
+            notes.append(
+                f"{judge.label}: {len(result['failed'])} of {len(prompts)} pairs of {candidate} and {baseline} were not "
+                f"judged ({why}); they count on neither side and are listed in report.json"
+            )
+    return rows
+
+
+def energy(lineages: dict[str, dict[str, Any]], watts: float | None) -> dict[str, Any]:
+    """Wall time × devices × board power: what a run may have drawn at most, hosts and cooling left out.
+
+    Args:
+        watts: of one device; without it that of `devices.yaml`, where the device is known.
+    """
+    found: dict[str, Any] = {"kwh": {}, "watts": {}, "unknown": []}
+    table = devices()
+    for stage, lineage in lineages.items():
+        gpus = lineage["hardware"].get("gpus") or []
+        known = device_called(gpus[0], table) if gpus else None
+        power = watts if watts is not None else known.watts if known else None
+        if power is None:
+            found["unknown"].append(stage)
+            continue
+        used = lineage["processes"] if gpus else 1  # a device a process; on CPUs `watts` is the machine's
+        found["watts"][stage] = power * used
+        found["kwh"][stage] = lineage["seconds"] / 3600 * power * used / 1000
+    return found
+
+
 def over_optimisation(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Where proxy and gold part (Gao et al. 2023): the trained score went on rising, a judge that training never saw fell.
 
@@ -295,7 +403,7 @@ def over_optimisation(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     held-out means stays below.
     """
     found = []
-    for judge in [key for key in (points[0] if points else {}) if key not in NOT_GOLD and not key.startswith("score_")]:
+    for judge in gold_judges(points):
         gold = [point[judge] for point in points]
         best = int(np.argmax(gold))
         gained = max(gold[best] - gold[0], 0.1 * abs(gold[best]))
@@ -421,17 +529,16 @@ def extremes(answers: dict[str, Answers], scores: dict[str, dict[str, list[float
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def draw(folder: Path, lineages: dict[str, Any], best: dict[str, Any] | None = None) -> dict[str, list[Plot]]:
-    """Every stage's plots."""
+def draw(
+    folder: Path, lineages: dict[str, Any], points: list[dict[str, Any]], best: dict[str, Any] | None = None
+) -> dict[str, list[Plot]]:
+    """Every stage's plots; `points` of `frontier`."""
     drawn: dict[str, list[Plot]] = {}
     for stage, lineage in lineages.items():
         drawn[stage] = stage_curves(folder / stage, stage)
         if stage == "reward":
             drawn[stage] += reward_plots(lineage["metrics"])
-        points = frontier(folder) if stage == "ppo" else []
-        for judge in [key for key in (points[0] if points else {}) if key == "reward" or key not in NOT_GOLD]:
-            if judge.startswith("score_"):
-                continue
+        for judge in ["reward", *gold_judges(points)] if stage == "ppo" and points else []:
             series = {"ppo, by rollout": [(math.sqrt(max(point["kl"], 0.0)), point[judge]) for point in points]}
             if best and judge in best["curve"][0]:
                 name = f"best of 1 … {best['n']}"
@@ -442,7 +549,7 @@ def draw(folder: Path, lineages: dict[str, Any], best: dict[str, Any] | None = N
     return drawn
 
 
-def render(report: dict[str, Any], drawn: dict[str, list[Plot]]) -> str:
+def render(report: dict[str, Any], drawn: dict[str, list[Plot]], lineage: Plot) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -453,6 +560,7 @@ def render(report: dict[str, Any], drawn: dict[str, list[Plot]]) -> str:
     return template.render(
         report=report,
         plots=drawn,
+        picture=lineage,
         headlines=_headlines(report),
         data=json.dumps(report, ensure_ascii=False).replace("</", "<\\/"),
     )

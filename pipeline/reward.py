@@ -37,7 +37,7 @@ from pipeline.models.loading import (
     load_tokenizer,
     refuse_beyond_context,
 )
-from pipeline.models.scalar_head import init_head, load_scalar_model, scale_head, score_ids, set_offset
+from pipeline.models.scalar_head import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
 from pipeline.rollout import LocalEngine, row_uniforms
 from pipeline.scoring import import_function, source_sha256
 from pipeline.stage import Run, launch, refuse_sharded
@@ -189,7 +189,7 @@ class RankingTrainer(StageTrainer, RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **_no_cache(model))
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **no_cache(model))
         loss = ranking_loss(
             outputs.logits[:, 0].float(),
             inputs["better"],
@@ -221,11 +221,6 @@ class RankingTrainer(StageTrainer, RewardTrainer):
                 sums += torch.tensor([loss.item() * prompts, prompts, right.item(), strict.sum().item()])
         sums = state.gather(sums.to(state.device)[None]).sum(0)
         return {"loss": float(sums[0] / sums[1]), "accuracy": float(sums[2] / sums[3].clamp(min=1))}
-
-
-def _no_cache(model: Any) -> dict[str, bool]:
-    config = model.module.config if hasattr(model, "module") else model.config
-    return {"use_cache": False} if hasattr(config, "use_cache") else {}
 
 
 def _sift(source: Source, args: RewardArguments) -> Source:

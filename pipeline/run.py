@@ -18,9 +18,8 @@ from typing import Any
 from pipeline.arguments import STAGES, read_recipe, recipe_stages
 from pipeline.checkpoints import read_lineage
 from pipeline.errors import UserError
-from pipeline.stage import ERROR_FILE, TERMINAL, cpu_cores
+from pipeline.stage import ERROR_FILE, TERMINAL, accelerate_config, cpu_cores
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -143,7 +142,7 @@ def launch_stage(name: str, flags: list[str], args: argparse.Namespace) -> int:
     import torch
 
     if args.accelerate:
-        processes = args.num_processes or _processes_of(args.accelerate)
+        processes = args.num_processes or int(accelerate_config(args.accelerate)["num_processes"])
         command += ["--config_file", args.accelerate]
         if args.num_processes:
             command += ["--num_processes", str(processes)]
@@ -188,15 +187,6 @@ def launch_stage(name: str, flags: list[str], args: argparse.Namespace) -> int:
             print(f"error: {name} failed (exit code {process.returncode}); its last words:\n{tail}", file=sys.stderr)
             return 1
     return 0
-
-
-def _processes_of(config: str) -> int:
-    """`num_processes` of an accelerate config."""
-    try:
-        found = yaml.safe_load(Path(config).read_text(encoding="utf-8"))["num_processes"]
-        return int(found)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--accelerate {config}: no accelerate config can be read there ({error!r})") from error
 
 
 def _relay(process: subprocess.Popen[bytes]) -> str:

@@ -32,11 +32,6 @@ class Parameters:
     linear: int
     largest_layer: int
 
-    @property
-    def matmul(self) -> int:
-        """What takes part in a matrix product for each token: all but the table that tokens are looked up in."""
-        return self.total - self.embedding
-
 
 def build(config: PreTrainedConfig, scalar: bool = False, dtype: torch.dtype = torch.float32) -> Any:
     """A model of the config, on whatever device or fake mode is active."""

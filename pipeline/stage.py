@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import errno
-import importlib.util
 import logging
 import os
 import signal
@@ -18,10 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pipeline import arguments
+from pipeline import arguments, trackers
 from pipeline.checkpoints import StageOutput, write_json
 from pipeline.errors import UserError
 from pipeline.scoring import import_from
+
+import yaml
 
 logger = logging.getLogger("pipeline")
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,7 +229,7 @@ def _open(name: str, args: Arguments, config: Path | None, rank: int, held: cont
     )
     if state.device.type == "cpu" and used < cores and rank == 0:
         logger.warning("%d CPU thread(s) used of %d cores; set OMP_NUM_THREADS or --threads", used, cores)
-    _set_up_trackers(args, folder)
+    trackers.set_up(args.trackers, folder, rank)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a third of a step
@@ -280,22 +281,18 @@ def _set_up_logging(args: arguments.StageArguments, folder: Path, rank: int) -> 
         logger.addHandler(file)
 
 
-def _set_up_trackers(args: arguments.StageArguments, folder: Path) -> None:
-    for tracker in args.trackers:
-        modules = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
-        if not any(importlib.util.find_spec(module) for module in modules):
-            raise UserError(f"report_to: {tracker} is not installed; pip install {tracker}, or say `report_to: [none]`")
-    if "wandb" in args.trackers:
-        os.environ.setdefault("WANDB_DIR", str(folder))
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_PROJECT", "rlhf-pipeline")
-        if (
-            "WANDB_MODE" not in os.environ
-            and not os.environ.get("WANDB_API_KEY")
-            and not (Path.home() / ".netrc").is_file()
-        ):
-            logger.info("wandb: no log-in found, writing offline to %s/wandb", folder)
-            os.environ["WANDB_MODE"] = "offline"
+def accelerate_config(path: str) -> dict[str, Any]:
+    """An accelerate config file as it stands.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        int(found["num_processes"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"cannot be read as an accelerate config ({error!r})", file=path) from error
+    return dict(found)
 
 
 def refuse_sharded(why: str) -> None:

@@ -156,7 +156,7 @@ def test_planned_memory_is_what_the_stage_uses(
     (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
     card = tmp_path / "cpu.yaml"
     card.write_text(
-        "v100: {memory_gib: 8, tflops: 0.1, watts: 50, usd_per_hour: 0.1}\n"
+        "v100: {memory_gib: 8, tflops: 0.1, watts: 50, usd_per_hour: 0.1, bf16: false}\n"
     )  # planned without bf16, as the demo runs
     planned = plan(folder, "--gpu", "v100", "--devices", card)["stages"][stage]["memory"]
     real = measured[0]
@@ -180,7 +180,7 @@ def planned_rows(stage: str, values: dict[str, Any], shape: tuple[int, ...]) -> 
 
 def test_devices_are_the_users_to_add(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
-    mine.write_text("MyGPU: {memory_gib: 12, tflops: 30, watts: 200, usd_per_hour: 0.1}\n")
+    mine.write_text("MyGPU: {memory_gib: 12, tflops: 30, watts: 200, usd_per_hour: 0.1, bf16: false}\n")
     assert devices(str(mine))["mygpu"].memory_gib == 12
     mine.write_text("MyGPU: {memory: 12}\n")
     with pytest.raises(UserError, match=r"mine\.yaml: is no table of devices"):
@@ -249,7 +249,7 @@ def test_planned_memory_is_what_ppo_uses(
     values |= {"micro_batch_tokens": real["rows"] * real["length"], "prompts_per_rollout": 16, "minibatches": 2}
     (folder / "ppo.yaml").write_text(yaml.safe_dump(values))
     card = tmp_path / "cpu.yaml"
-    card.write_text("v100: {memory_gib: 8, tflops: 0.1, watts: 50, usd_per_hour: 0.1}\n")
+    card.write_text("v100: {memory_gib: 8, tflops: 0.1, watts: 50, usd_per_hour: 0.1, bf16: false}\n")
     planned = plan(folder, "--gpu", "v100", "--devices", card)["stages"]["ppo"]["memory"]
     assert planned["policy"] + planned["reference"] + planned["value"] == pytest.approx(real["PARAM"], rel=0.15)
     assert planned["activations"] == pytest.approx(real["ACT"] + real["TEMP"], rel=0.15)

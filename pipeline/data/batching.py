@@ -1,9 +1,8 @@
-"""Which rows go together: seeded orders without end, and forward passes of rows of similar length."""
+"""Which rows go together: seeded orders without end, and groups of rows of similar length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
@@ -62,51 +61,15 @@ class LengthGroupedSampler(Sampler[int]):
             yield from batch
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How rows are cut into forward passes.
-
-    group_tokens: what starting a further pass costs beside its tokens.
-    multiple: lengths are padded up to a multiple of this. 1 but for bf16 on a CPU, where oneDNN makes new kernels for every
-        new shape (measured: half of the time, and hundreds of MB); there all passes have the same number of rows, too.
-    """
-
-    group_tokens: int = 64
-    multiple: int = 1
-
-    def padded(self, length: int) -> int:
-        return -(-length // self.multiple) * self.multiple
-
-
-def microbatches(lengths: list[int], rows: list[int], max_tokens: int, cut: Cut = Cut()) -> list[list[int]]:
-    """Rows of similar length together, each group at most `max_tokens` with padding (one row at least).
-
-    Of all such cuts of the rows sorted by length, the one that costs the fewest tokens, padding and starts included.
-    """
-    order = sorted(rows, key=lambda row: (lengths[row], row))
-    if cut.multiple > 1:
-        return _equal_groups(lengths, order, max_tokens, cut)
-    best: list[tuple[int, int]] = [(0, 0)]  # of the first n rows: cost, where the last group begins
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        starts = [start for start in range(end) if longest * (end - start) <= max_tokens] or [end - 1]
-        best.append(min((best[start][0] + longest * (end - start) + cut.group_tokens, start) for start in starts))
+def microbatches(lengths: Sequence[int], rows: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Rows of similar length together: at most `max_tokens` tokens in a group, and at most twice as many if its rows were
+    padded, as they are in attention (one row at least)."""
     groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        start = best[end][1]
-        groups.append(order[start:end])
-        end = start
-    return groups[::-1]
-
-
-def _equal_groups(lengths: list[int], order: list[int], max_tokens: int, cut: Cut) -> list[list[int]]:
-    found: list[tuple[int, list[list[int]]]] = []
-    size = len(order)
-    while size:
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
-        tokens = [cut.padded(lengths[group[-1]]) * len(group) for group in groups]
-        if max(tokens) <= max_tokens or size == 1:
-            found.append((sum(tokens) + cut.group_tokens * len(groups), groups))
-        size //= 2
-    return min(found, key=lambda item: item[0])[1] if found else []
+    tokens = 0
+    for row in sorted(rows, key=lambda row: (lengths[row], row)):
+        tokens += lengths[row]
+        if not groups or tokens > max_tokens or lengths[row] * (len(groups[-1]) + 1) > 2 * max_tokens:
+            groups.append([])
+            tokens = lengths[row]
+        groups[-1].append(row)
+    return groups

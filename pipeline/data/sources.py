@@ -89,14 +89,23 @@ def read_source(entry: Entry, kind: str, data_root: Path, spool: bool = False) -
     path = data_root / entry.path
     if not path.exists():
         raise UserError(f"dataset {str(path)!r} does not exist; correct `path:` or say --data-root")
-    files = split_files(path, entry.split, entry.subset) if path.is_dir() else [path]
+    files = files_of(entry, path)
     columns = entry.columns or (card_columns(path) if path.is_dir() else None)
     name = entry.name or path.name.split(".")[0]
     stream = (record for file in files for record in iter_file(file, kind, columns, entry))
     records = _gather(itertools.islice(_strip_responses(stream, entry, str(path)), entry.max_rows), spool)
-    digest = hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
     single = len(records) == 1 and all(file.suffix == ".txt" for file in files)
-    return Source(name, records, digest, entry.weight, entry.path, single_document=single)
+    return Source(name, records, digest_of(files), entry.weight, entry.path, single_document=single)
+
+
+def files_of(entry: Entry, path: Path) -> list[Path]:
+    """The files of an entry's split: of a card's folder, or the one that it names."""
+    return split_files(path, entry.split, entry.subset) if path.is_dir() else [path]
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """What a source's `sha256` is: of its files' own."""
+    return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
 
 
 def _gather(records: Iterator[Record], spool: bool) -> Sequence[Record]:

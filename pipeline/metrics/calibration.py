@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import datasets
+from pipeline.metrics.base import metric_info
+
 import evaluate
 import numpy as np
 from numpy.typing import ArrayLike
@@ -41,12 +42,12 @@ class ExpectedCalibrationError(evaluate.Metric):
     """Mean distance between stated probability and observed share, over ten bins of equal width, weighted by rows."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"probability": datasets.Value("float64"), "outcome": datasets.Value("float64")})
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="Naeini et al. 2015; Guo et al. 2017",
-            inputs_description="probability: stated, in [0, 1]; outcome: 1 where it happened, 0 where not",
-            features=features,
+        return metric_info(
+            self,
+            "probability: stated, in [0, 1]; outcome: 1 where it happened, 0 where not",
+            "Naeini et al. 2015; Guo et al. 2017",
+            probability="float64",
+            outcome="float64",
         )
 
     def _compute(self, probability: list[float], outcome: list[float], low: float = 0.0) -> dict[str, float]:

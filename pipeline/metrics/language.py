@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.data.encoding import IGNORE
+from pipeline.metrics.base import metric_info
 
-import datasets
 import evaluate
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,11 @@ class Perplexity(evaluate.Metric):
     """exp(total negative log-likelihood / total predicted tokens): every token weighs the same, whatever its batch."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"nll": datasets.Value("float64"), "tokens": datasets.Value("int64")})
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="",
-            inputs_description="nll: summed negative log-likelihood of a text, nats; tokens: its predicted tokens",
-            features=features,
+        return metric_info(
+            self,
+            "nll: summed negative log-likelihood of a text, nats; tokens: its predicted tokens",
+            nll="float64",
+            tokens="int64",
         )
 
     def _compute(self, nll: list[float], tokens: list[int]) -> dict[str, float]:
@@ -36,12 +35,11 @@ class BitsPerByte(evaluate.Metric):
     """Total negative log-likelihood in bits over the text's UTF-8 bytes: comparable between tokenizers."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"nll": datasets.Value("float64"), "num_bytes": datasets.Value("int64")})
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="",
-            inputs_description="nll: summed negative log-likelihood of a text, nats; num_bytes: its length in UTF-8",
-            features=features,
+        return metric_info(
+            self,
+            "nll: summed negative log-likelihood of a text, nats; num_bytes: its length in UTF-8",
+            nll="float64",
+            num_bytes="int64",
         )
 
     def _compute(self, nll: list[float], num_bytes: list[int]) -> dict[str, float]:

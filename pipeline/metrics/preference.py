@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import datasets
+from pipeline.metrics.base import metric_info
+
 import evaluate
 import numpy as np
 
@@ -29,12 +30,11 @@ class PairAccuracy(evaluate.Metric):
     """Share of pairs in which the preferred response scores higher; equal scores count one half."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"better": datasets.Value("float64"), "worse": datasets.Value("float64")})
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="",
-            inputs_description="better, worse: scores of the preferred and the other response of each pair",
-            features=features,
+        return metric_info(
+            self,
+            "better, worse: scores of the preferred and the other response of each pair",
+            better="float64",
+            worse="float64",
         )
 
     def _compute(self, better: list[float], worse: list[float], groups: list[Any] | None = None) -> dict[str, Any]:
@@ -48,12 +48,11 @@ class WinRate(evaluate.Metric):
     """Share of prompts on which the candidate's score beats the baseline's; ties count one half."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"candidate": datasets.Value("float64"), "baseline": datasets.Value("float64")})
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="",
-            inputs_description="candidate, baseline: a judge's scores of both answers to each prompt",
-            features=features,
+        return metric_info(
+            self,
+            "candidate, baseline: a judge's scores of both answers to each prompt",
+            candidate="float64",
+            baseline="float64",
         )
 
     def _compute(self, candidate: list[float], baseline: list[float]) -> dict[str, Any]:

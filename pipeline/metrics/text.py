@@ -6,7 +6,8 @@ import math
 import re
 from typing import Any
 
-import datasets
+from pipeline.metrics.base import metric_info
+
 import evaluate
 
 
@@ -22,12 +23,7 @@ class DistinctN(evaluate.Metric):
     """Distinct n-grams over all n-grams of all texts together (Li et al. 2016): low where a model says the same to everyone."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="Li et al. 2016",
-            inputs_description="predictions: texts",
-            features=datasets.Features({"predictions": datasets.Value("string")}),
-        )
+        return metric_info(self, "predictions: texts", "Li et al. 2016", predictions="string")
 
     def _compute(self, predictions: list[str], n: int = 2) -> dict[str, float]:
         grams = [gram for text in predictions for gram in _ngrams(_words(text), n)]
@@ -38,12 +34,7 @@ class Repetition(evaluate.Metric):
     """Mean share of a text's n-grams that stood in it before: high where a model goes round in circles."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="",
-            inputs_description="predictions: texts",
-            features=datasets.Features({"predictions": datasets.Value("string")}),
-        )
+        return metric_info(self, "predictions: texts", predictions="string")
 
     def _compute(self, predictions: list[str], n: int = 3) -> dict[str, float]:
         shares = []
@@ -57,12 +48,12 @@ class KLDivergence(evaluate.Metric):
     """KL of a policy from its reference in nats a response, from the policy's own samples: mean of log p - log q (k1)."""
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"logprob": datasets.Value("float64"), "ref_logprob": datasets.Value("float64")})
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="Schulman 2020",
-            inputs_description="logprob, ref_logprob: of each sampled response, summed over its tokens, nats",
-            features=features,
+        return metric_info(
+            self,
+            "logprob, ref_logprob: of each sampled response, summed over its tokens, nats",
+            "Schulman 2020",
+            logprob="float64",
+            ref_logprob="float64",
         )
 
     def _compute(self, logprob: list[float], ref_logprob: list[float]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
 from pipeline.models.adapters import lora_config, read_adapter
 from pipeline.models.loading import disable_dropout, load_causal_lm
+from pipeline.models.packed import Batch, hidden_states
 from pipeline.models.scalar_head import ValueModel, init_head, load_scalar_model, scalar_head, score_offset, set_offset
 
 import torch
@@ -26,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedModel
 
 LOGITS_BYTES = 256 * 2**20  # of fp32 logits alive at once
-Batch = dict[str, Tensor]
 
 
 class PolicyModel(nn.Module):
@@ -43,31 +43,30 @@ class PolicyModel(nn.Module):
         self.temperature = temperature
         self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.long), persistent=False)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of response tokens.
 
         Args:
-            input_ids: (batch, length), right-padded; causal, so padding needs no attention mask.
-            positions: (batch, n) int64, position whose hidden state predicts each token.
-            tokens: (batch, n) int64
-            mask: (batch, n) bool, True counts.
+            batch: of `packed.lay_out`, and
+                positions: (rows, n) int64, where in the flattened input the state stands that predicts each token.
+                tokens: (rows, n) int64
+                mask: (rows, n) bool, True counts.
 
         Returns:
-            logprobs, entropy: (batch, n) fp32, 0 where masked; logprobs carry the gradient.
+            logprobs, entropy: (rows, n) fp32, 0 where masked; logprobs carry the gradient.
         """
-        return self.read(self.hidden(input_ids), positions, tokens, mask)
+        return self.read(self.hidden(batch), batch)
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """(batch, length, width) last hidden states."""
-        states: Tensor = self.model.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        return states
+    def hidden(self, batch: Batch) -> Tensor:
+        """(tokens, width) last hidden states."""
+        return hidden_states(self.model.base_model, batch)
 
-    def read(self, hidden: Tensor, positions: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """As `forward`, from hidden states."""
-        picked = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))[mask]
-        found, spread = self._chunked(picked, tokens[mask], self.temperature, self.forbidden)
+        mask = batch["mask"]
+        found, spread = self._chunked(
+            hidden[batch["positions"][mask]], batch["tokens"][mask], self.temperature, self.forbidden
+        )
         zeros = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
         return zeros.masked_scatter(mask, found), zeros.masked_scatter(mask, spread)
 
@@ -78,7 +77,10 @@ class PolicyModel(nn.Module):
             input_ids, position_ids, labels: (batch, length); positions restart with each document, labels are IGNORE
                 where nothing is learnt and stand at their own token's place.
         """
-        hidden = self.hidden(input_ids, position_ids)[:, :-1]
+        states = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        hidden = states[:, :-1]
         targets = labels[:, 1:]
         counted = targets != IGNORE
         found, _ = self._chunked(hidden[counted], targets[counted], 1.0, None)
@@ -123,9 +125,10 @@ class Roles:
     """What every arrangement of roles offers to PPO's loop.
 
     policy: trained, and what samples. trained: each optimizer's parameters, "policy" and "value".
-    parameters: each network's parameters outside embeddings, for FLOPs.
+    parameters: each network's parameters outside embeddings, for FLOPs. packed: rows lie end to end (see `packed`).
     """
 
+    packed = False
     policy: PolicyModel
     trained: dict[str, list[nn.Parameter]]
     parameters: dict[str, int]
@@ -166,10 +169,6 @@ class Roles:
         raise NotImplementedError
 
 
-def _inputs(batch: Batch) -> Batch:
-    return {name: batch[name] for name in ("input_ids", "positions", "tokens", "mask")}
-
-
 def _size(model: Any) -> int:
     return int(model.num_parameters(exclude_embeddings=True))
 
@@ -191,18 +190,18 @@ class SeparateRoles(Roles):
     def passes(self, batch: Batch, train_policy: bool = True) -> Iterator[Batch]:
         if train_policy:
             with self.autocast():
-                logprobs, entropy = self.policy(**_inputs(batch))
+                logprobs, entropy = self.policy(batch)
             yield {"logprobs": logprobs, "entropy": entropy}
         with self.autocast():
-            values = self.value(batch["input_ids"], batch["positions"])
+            values = self.value(batch)
         yield {"values": values}
 
     @torch.no_grad()
     def measure(self, batch: Batch, with_values: bool) -> Batch:
         with self.autocast():
-            found = {"logprobs": self.policy(**_inputs(batch))[0], "ref_logprobs": self.reference(**_inputs(batch))[0]}
+            found = {"logprobs": self.policy(batch)[0], "ref_logprobs": self.reference(batch)[0]}
             if with_values:
-                found["values"] = self.value(batch["input_ids"], batch["positions"])
+                found["values"] = self.value(batch)
         return found
 
     @contextlib.contextmanager
@@ -241,26 +240,23 @@ class SharedTrunkRoles(Roles):
 
     def passes(self, batch: Batch, train_policy: bool = True) -> Iterator[Batch]:
         with self.autocast(), torch.set_grad_enabled(train_policy):
-            hidden = self.policy.hidden(batch["input_ids"])
+            hidden = self.policy.hidden(batch)
         with self.autocast():
             found = {"values": self._values(hidden, batch["positions"])}
             if train_policy:
-                inputs = {name: batch[name] for name in ("positions", "tokens", "mask")}
-                found["logprobs"], found["entropy"] = self.policy.read(hidden, **inputs)
+                found["logprobs"], found["entropy"] = self.policy.read(hidden, batch)
         yield found
 
     def _values(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        picked = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        return self.head(picked)[..., 0].float()
+        return self.head(hidden[positions])[..., 0].float()
 
     @torch.no_grad()
     def measure(self, batch: Batch, with_values: bool) -> Batch:
         with self.autocast():
-            hidden = self.policy.hidden(batch["input_ids"])
-            inputs = {name: batch[name] for name in ("positions", "tokens", "mask")}
+            hidden = self.policy.hidden(batch)
             found = {
-                "logprobs": self.policy.read(hidden, **inputs)[0],
-                "ref_logprobs": self.reference(**_inputs(batch))[0],
+                "logprobs": self.policy.read(hidden, batch)[0],
+                "ref_logprobs": self.reference(batch)[0],
             }
             if with_values:
                 found["values"] = self._values(hidden, batch["positions"])
@@ -367,15 +363,14 @@ class AdapterRoles(Roles):
         self._activate("default")
 
     def _values(self, batch: Batch) -> Tensor:
-        hidden = self.policy.hidden(batch["input_ids"])
-        picked = hidden.gather(1, batch["positions"][:, :, None].expand(-1, -1, hidden.shape[-1]))
-        return self.head(picked)[..., 0].float() - self.offset
+        hidden = self.policy.hidden(batch)
+        return self.head(hidden[batch["positions"]])[..., 0].float() - self.offset
 
     def passes(self, batch: Batch, train_policy: bool = True) -> Iterator[Batch]:
         if train_policy:
             with self.active("default"):
                 with self.autocast():
-                    logprobs, entropy = self.policy(**_inputs(batch))
+                    logprobs, entropy = self.policy(batch)
                 yield {"logprobs": logprobs, "entropy": entropy}
         with self.active("value"):
             with self.autocast():
@@ -387,9 +382,9 @@ class AdapterRoles(Roles):
         found = {}
         with self.autocast():
             with self.active("default"):
-                found["logprobs"] = self.policy(**_inputs(batch))[0]
+                found["logprobs"] = self.policy(batch)[0]
             with self.active(None):
-                found["ref_logprobs"] = self.policy(**_inputs(batch))[0]
+                found["ref_logprobs"] = self.policy(batch)[0]
             if with_values:
                 with self.active("value"):
                     found["values"] = self._values(batch)
@@ -447,7 +442,7 @@ class AdapterScalar(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> SimpleNamespace:
         (roles,) = self.roles
         with roles.active("reward"):
-            hidden = roles.policy.hidden(input_ids)
+            hidden = roles.policy.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         last = attention_mask.sum(1) - 1
         return SimpleNamespace(logits=self.head(hidden[torch.arange(len(last), device=last.device), last]))
 

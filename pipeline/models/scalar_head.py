@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pipeline.data.collators import right_pad
 from pipeline.errors import UserError
 from pipeline.models.loading import _load
+from pipeline.models.packed import Batch, hidden_states
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +114,14 @@ def forward_scores(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (rows,)
     """
-    options = {} if not hasattr(model.config, "use_cache") else {"use_cache": False}
-    logits: Tensor = model(input_ids=input_ids, attention_mask=mask.long(), **options).logits
+    logits: Tensor = model(input_ids=input_ids, attention_mask=mask.long(), **no_cache(model)).logits
     return logits[:, 0]
+
+
+def no_cache(model: nn.Module) -> dict[str, bool]:
+    """What tells a decoder to keep none; an encoder does not know the word."""
+    config = getattr(model, "module", model).config  # in DistributedDataParallel or not
+    return {"use_cache": False} if hasattr(config, "use_cache") else {}
 
 
 def scores_at(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -146,17 +152,14 @@ class ValueModel(nn.Module):
         self.model = model
         self.offset = score_offset(model)
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Values at chosen positions.
 
         Args:
-            input_ids: (batch, length), right-padded; causal, so padding needs no mask.
-            positions: (batch, n) int64 positions whose hidden state is read.
+            batch: of `packed.lay_out`, and positions: (rows, n) int64, places in the flattened input.
 
         Returns:
-            (batch, n) fp32
+            (rows, n) fp32
         """
-        trunk = getattr(self.model, self.model.base_model_prefix)
-        hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-        picked = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        return scalar_head(self.model)(picked)[..., 0].float() - self.offset
+        hidden = hidden_states(getattr(self.model, self.model.base_model_prefix), batch)
+        return scalar_head(self.model)(hidden[batch["positions"]])[..., 0].float() - self.offset

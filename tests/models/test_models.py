@@ -20,6 +20,7 @@ from pipeline.models.loading import (
     new_causal_lm,
     refuse_beyond_context,
 )
+from pipeline.models.packed import lay_out, prepare
 from pipeline.models.roles import PolicyModel
 from pipeline.models.scalar_head import (
     OFFSET,
@@ -78,9 +79,10 @@ def test_score_and_value_subtract_the_same_offset(scalar: Any, tokenizer: Any) -
     setattr(scalar.config, OFFSET, 2.5)
     after = score_ids(scalar, PROMPTS, tokenizer.pad_token_id)
     torch.testing.assert_close(after, before - 2.5)
-    lengths = torch.tensor([[len(ids) - 1] for ids in PROMPTS])
+    batch = lay_out(PROMPTS, tokenizer.pad_token_id, packed=False)
+    batch["positions"] = batch["starts"][:, None] + torch.tensor([[len(ids) - 1] for ids in PROMPTS])
     with torch.no_grad():
-        values = ValueModel(scalar)(right_pad(PROMPTS, tokenizer.pad_token_id), lengths)
+        values = ValueModel(scalar)(batch)
     torch.testing.assert_close(values[:, 0], after, atol=1e-5, rtol=1e-5)
 
 
@@ -104,8 +106,11 @@ def reference_logprobs(
     return token_logprobs(tempered_logits(logits, temperature, torch.tensor(forbidden)), torch.tensor(response))[0]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_response_only_logprobs(tiny_lm: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunked: bool) -> None:
+def test_response_only_logprobs(
+    tiny_lm: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunked: bool, packed: bool
+) -> None:
     """Log-probabilities of the response alone equal those of the whole sequence's logits, with their gradients."""
     if chunked:
         monkeypatch.setattr(roles, "LOGITS_BYTES", 4 * len(tokenizer) * 2)
@@ -113,12 +118,13 @@ def test_response_only_logprobs(tiny_lm: Any, tokenizer: Any, monkeypatch: pytes
     forbidden = forbidden_ids(tokenizer, len(tokenizer))
     responses = [[20, 21], [22, 23, 24, 25], [26]]
     policy = PolicyModel(model, 0.7, forbidden)
+    assert not packed or prepare(model)
     mask = torch.arange(4)[None] < torch.tensor([[2], [4], [1]])
     starts = torch.tensor([[len(p)] for p in PROMPTS])
-    positions = starts - 1 + torch.minimum(torch.arange(4)[None], mask.sum(1, keepdim=True) - 1)
-    logprobs, entropy = policy(
-        right_pad([p + r for p, r in zip(PROMPTS, responses, strict=True)], 1), positions, right_pad(responses, 0), mask
-    )
+    batch = lay_out([p + r for p, r in zip(PROMPTS, responses, strict=True)], 1, packed)
+    batch["positions"] = batch["starts"][:, None] + starts - 1
+    batch["positions"] = batch["positions"] + torch.minimum(torch.arange(4)[None], mask.sum(1, keepdim=True) - 1)
+    logprobs, entropy = policy({**batch, "tokens": right_pad(responses, 0), "mask": mask})
     for row, (prompt, response) in enumerate(zip(PROMPTS, responses, strict=True)):
         expected = reference_logprobs(model, prompt, response, 0.7, forbidden)
         torch.testing.assert_close(logprobs[row, : len(response)], expected, atol=1e-5, rtol=1e-5)

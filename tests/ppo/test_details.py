@@ -425,18 +425,18 @@ def test_runs_end_on_kl_and_without_progress(policy: Path, tmp_path: Path) -> No
 def test_plain_transformers_loads_what_every_role_leaves(policy: Path, tmp_path: Path, roles: str) -> None:
     """Policy and value answer from their folders as they did in the loop."""
     lora = {"lora": {"r": 4, "alpha": 8}} if roles == "adapters" else {}
+    prompts, responses = [[3, 7, 4], [3, 8, 4]], [[6, 7, 1], [9, 9]]
     kept: list[Any] = []
     final = ppo.Loop.save_final
 
     def spy(self: ppo.Loop, folder: Path) -> None:
-        batch = self.tensors([[3, 7, 4], [3, 8, 4]], [[6, 7, 1], [9, 9]])
-        kept.append((batch, self.roles.measure(batch, True)))
+        kept.append(self.roles.measure(self.tensors(prompts, responses), True))
         final(self, folder)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo.Loop, "save_final", spy)
         train(tmp_path / "run", policy, COUNT_B, **{**SHORT, "learning_rate": 2e-2}, roles=roles, **lora)
-    batch, measured = kept[0]
+    measured = kept[0]
     out = tmp_path / "run" / "out"
     model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not loading["missing_keys"]
@@ -444,7 +444,7 @@ def test_plain_transformers_loads_what_every_role_leaves(policy: Path, tmp_path:
     value: Any = AutoModelForSequenceClassification.from_pretrained(out / "value")
     with torch.no_grad():
         for row, n in ((0, 3), (1, 2)):
-            ids = batch["input_ids"][row : row + 1, : 3 + n]
+            ids = torch.tensor([prompts[row] + responses[row]])
             logits = model(input_ids=ids).logits[0, 2:-1]
             logits[:, [0, 2, 3, 4, 5]] = float("-inf")
             expected = torch.log_softmax(logits, -1)[range(n), ids[0, 3:]]

@@ -236,7 +236,7 @@ def test_a_stage_that_cannot_answer_is_a_note(run: Path, tmp_path: Path) -> None
 
 def test_a_missing_accelerate_file_is_named(recipe: Path, tmp_path: Path) -> None:
     done = rlhf("run", recipe, "--output-dir", tmp_path / "run", "--accelerate", tmp_path / "none.yaml", code=2)
-    assert "none.yaml: no accelerate config can be read there" in done.stderr
+    assert "none.yaml: cannot be read as an accelerate config" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- check

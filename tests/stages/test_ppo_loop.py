@@ -9,7 +9,7 @@ from typing import Any
 from conftest import lineage, tiny_flags
 from pipeline import ppo
 from pipeline.arguments import STAGES, load
-from pipeline.data.batching import Cut, microbatches
+from pipeline.data.batching import microbatches
 from pipeline.stage import launch
 
 import pytest
@@ -103,30 +103,21 @@ def test_prompts_come_in_seeded_permutations(chain: Path, recipes: Path, tmp_pat
     )
 
 
-@pytest.mark.parametrize("cut", [Cut(), Cut(1), Cut(4096), Cut(64, 16)])
-def test_microbatches_hold_every_row_once(cut: Cut) -> None:
+def test_microbatches_hold_every_row_once() -> None:
     lengths = [5, 90, 7, 30, 200, 6, 12, 31]
     rows = [0, 1, 2, 3, 4, 5, 7]
-    groups = microbatches(lengths, rows, 100, cut)
+    groups = microbatches(lengths, rows, 100)
     assert sorted(row for group in groups for row in group) == rows
     for group in groups:
-        assert len(group) == 1 or cut.padded(max(lengths[row] for row in group)) * len(group) <= 100
+        assert len(group) == 1 or sum(lengths[row] for row in group) <= 100
+    assert groups == [[0, 5, 2, 3, 7], [1], [4]], "as many as go in, the short ones first"
+    assert microbatches(lengths, [], 1000) == []
 
 
-def test_microbatches_cost_as_few_tokens_as_can_be() -> None:
-    """Against every cut of the sorted rows."""
-    import itertools
-
-    lengths, cost = [3, 9, 10, 11, 30, 32, 33], 12
-    found = microbatches(lengths, list(range(7)), 1000, Cut(cost))
-    tokens = sum(max(lengths[i] for i in group) * len(group) + cost for group in found)
-    every = []
-    for ends in itertools.product([False, True], repeat=6):
-        edges = [0, *(i + 1 for i, end in enumerate(ends) if end), 7]
-        every.append(sum(max(lengths[a:b]) * (b - a) + cost for a, b in itertools.pairwise(edges)))
-    assert tokens == min(every)
-    assert len(found) == 2
-    assert microbatches(lengths, [], 1000) == microbatches(lengths, [], 1000, Cut(1, 16)) == []
+def test_attention_sees_no_more_than_twice_the_tokens() -> None:
+    """One long row beside many short ones would be padded to many times its tokens there."""
+    groups = microbatches([10] * 50 + [300], list(range(51)), 1000)
+    assert groups == [list(range(50)), [50]]
 
 
 def test_backends_that_shard_are_refused(recipes: Path, tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""The table of devices that plans and reports read: `devices.yaml`, and a user's own in the same form."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator: memory, dense bf16 peak, board power, rent."""
+
+    name: str
+    memory_gib: float
+    tflops: float
+    watts: float
+    usd_per_hour: float
+    bf16: bool = True
+
+
+def devices(extra: str | None = None) -> dict[str, Device]:
+    """The table that ships, with a user's entries over it.
+
+    Raises:
+        UserError: the user's file is no such table.
+    """
+    found: dict[str, Device] = {}
+    for file in [Path(__file__).with_name("devices.yaml"), *([Path(extra)] if extra else [])]:
+        try:
+            entries: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+            found |= {str(name).lower(): Device(str(name).lower(), **values) for name, values in entries.items()}
+        except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+            keys = ", ".join(f.name for f in dataclasses.fields(Device)[1:])
+            raise UserError(f"is no table of devices (name: {{{keys}}}): {error}", file=file) from error
+    return found
+
+
+def device_called(name: str, known: Mapping[str, Device]) -> Device | None:
+    """The entry of what a driver calls e.g. “NVIDIA A100-SXM4-80GB”: the one all of whose parts stand in that name."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    fitting = [device for key, device in known.items() if all(part in plain for part in key.split("-"))]
+    return max(fitting, key=lambda device: len(device.name), default=None)
