@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ def devices(extra: str | None = None) -> dict[str, Device]:
 
 
 def device_called(name: str, known: Mapping[str, Device]) -> Device | None:
-    """The entry of what a driver calls e.g. “NVIDIA A100-SXM4-80GB”: the one all of whose parts stand in that name."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    fitting = [device for key, device in known.items() if all(part in plain for part in key.split("-"))]
+    """The entry of what a driver calls e.g. “NVIDIA A100-SXM4-80GB” or “NVIDIA GeForce RTX 4090”: the one all of whose parts
+    are words of that name, or two of its words together."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    words += [first + second for first, second in itertools.pairwise(words)]
+    fitting = [device for key, device in known.items() if set(key.split("-")) <= set(words)]
     return max(fitting, key=lambda device: len(device.name), default=None)

@@ -15,15 +15,26 @@ from pipeline.metrics import history
 
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed")
 CURVES = {
-    "pretrain": [("Loss", "nats a token", ["loss", "eval_loss"])],
-    "sft": [("Loss", "nats a response token", ["loss", "eval_loss"])],
-    "reward": [("Loss", "nats a pair", ["loss", "eval_loss"])],
+    "pretrain": [
+        ("Loss", "nats a token", ["loss", "eval_loss"]),
+        ("Throughput", "tokens a second", ["tokens_per_second"]),
+    ],
+    "sft": [
+        ("Loss", "nats a response token", ["loss", "eval_loss"]),
+        ("Throughput", "tokens a second", ["tokens_per_second"]),
+    ],
+    "reward": [
+        ("Loss", "nats a pair", ["loss", "eval_loss"]),
+        ("Throughput", "tokens a second", ["tokens_per_second"]),
+    ],
     "ppo": [
         ("Score", "reward-model units", ["score", "eval_score"]),
         ("KL from the SFT model", "nats a response", ["kl", "eval_kl"]),
         ("Response length", "tokens", ["response_tokens", "eval_response_tokens"]),
         ("Entropy", "nats a token", ["entropy"]),
         ("Clipped policy ratios", "share of tokens", ["clip_fraction"]),
+        ("Value loss", "squared reward units", ["value_loss"]),
+        ("Throughput", "episodes a second", ["episodes_per_second"]),
     ],
 }
 HELD_OUT = "eval_"

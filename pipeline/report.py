@@ -117,7 +117,7 @@ def write_report(
         "frontier": points,
         "over_optimisation": parted,
         "best_of_n": reference_point,
-        "alignment_tax": alignment_tax(folder, lineages, data_root, notes),
+        "alignment_tax": alignment_tax(folder, lineages, outside, data_root, notes),
         "tasks": task_scores(folder, [s for s in ANSWERING if s in lineages], tasks, tasks_path, notes),
         "energy": energy(lineages, watts),
         "agreement": agreement(scores),
@@ -428,9 +428,15 @@ def over_optimisation(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def alignment_tax(
-    folder: Path, lineages: dict[str, Any], data_root: str | None, notes: list[str], most_blocks: int = 200
+    folder: Path,
+    lineages: dict[str, Any],
+    outside: dict[str, Path],
+    data_root: str | None,
+    notes: list[str],
+    most_blocks: int = 200,
 ) -> dict[str, Any] | None:
-    """Perplexity of every stage on the text that pretraining held out: what alignment cost elsewhere."""
+    """Perplexity of every stage, and of outside folders with the same tokens (a run without ptx, say), on the text that
+    pretraining held out: what alignment cost elsewhere."""
     if "pretrain" not in lineages:
         return None
     recipe = lineages["pretrain"]["recipe"]
@@ -446,11 +452,15 @@ def alignment_tax(
     if not blocks:
         return None
     collate, found = BlockCollator(tokenizer.pad_token_id), {}
-    for stage in [name for name in ANSWERING if name in lineages]:
-        model: Any = load_causal_lm(str(folder / stage)).eval()
+    places = {name: folder / name for name in ANSWERING if name in lineages}
+    for name, place in {**places, **outside}.items():
+        if tokenizer_hashes(load_tokenizer(str(place)))[0] != tokenizer_hashes(tokenizer)[0]:
+            notes.append(f"{name}: has another tokenizer than pretraining's; its perplexity would be of other tokens")
+            continue
+        model: Any = load_causal_lm(str(place)).eval()
         batches = (collate(blocks[i : i + 8]) for i in range(0, len(blocks), 8))
         nll, tokens, _ = token_nll(model, batches, next(model.parameters()).device)
-        found[stage] = Perplexity()._compute([nll], [tokens])["perplexity"]
+        found[name] = Perplexity()._compute([nll], [tokens])["perplexity"]
     return {"perplexity": found, "tokens": tokens}
 
 
@@ -546,7 +556,21 @@ def draw(
             labels = [str(point["step"]) for point in points]
             title = f"ppo: {judge} over √KL" + (" (trained score)" if judge == "reward" else " (unseen in training)")
             drawn[stage].append(curve(title, "√KL, √nats a response", f"mean {judge}", series, labels))
+        if stage == "ppo" and gold_judges(points):
+            drawn[stage].append(proxy_and_gold(points))
     return drawn
+
+
+def proxy_and_gold(points: list[dict[str, Any]]) -> Plot:
+    """The trained score and every judge on one plot (after Gao et al. 2023), each as a share of its own largest move."""
+    series = {}
+    for judge in ["reward", *gold_judges(points)]:
+        moved = [point[judge] - points[0][judge] for point in points]
+        largest = max(map(abs, moved)) or 1.0
+        name = "reward (trained)" if judge == "reward" else judge
+        series[name] = [(math.sqrt(max(p["kl"], 0.0)), move / largest) for p, move in zip(points, moved, strict=True)]
+    labels = [str(point["step"]) for point in points]
+    return curve("ppo: proxy and gold over √KL", "√KL, √nats a response", "share of its largest move", series, labels)
 
 
 def render(report: dict[str, Any], drawn: dict[str, list[Plot]], lineage: Plot) -> str:

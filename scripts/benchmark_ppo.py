@@ -13,6 +13,7 @@ The last line is JSON; ratios are ours over the peer's, memory_ratio too (below 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -41,6 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minibatches", type=int, default=4)
     parser.add_argument("--ppo-epochs", type=int, default=4)
     parser.add_argument("--max-response-tokens", type=int, default=48)
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="ours: tokens of one pass with gradients")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--processes", type=int, default=1, help="ours; they share the threads")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="ours")
@@ -57,6 +59,10 @@ def child(args: argparse.Namespace) -> None:
     from pipeline.metrics import history
     from pipeline.stage import launch
 
+    importlib.import_module(
+        "trl.trainer"
+    )  # the stage itself imports it late; both sides' memory counts from their imports
+
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     recipe = Path(args.child) / f"ppo-{os.environ.get('RANK', 0)}.yaml"
     data = [{"path": str(Path(args.prompts).resolve())}]
@@ -65,7 +71,7 @@ def child(args: argparse.Namespace) -> None:
         "held_out_fraction": 0.02, "roles": args.roles, "precision": args.precision, "threads": args.threads // args.processes, "quiet": True,
         "total_rollouts": args.rollouts, "prompts_per_rollout": args.prompts_per_rollout, "minibatches": args.minibatches,
         "ppo_epochs": args.ppo_epochs, "max_prompt_tokens": 64, "long_prompts": "drop", "save_steps": 10**6,
-        "max_response_tokens": args.max_response_tokens, "learning_rate": 1e-5, "kl_coef": 0.05,
+        "max_response_tokens": args.max_response_tokens, "micro_batch_tokens": args.micro_batch_tokens, "learning_rate": 1e-5, "kl_coef": 0.05,
     }  # fmt: skip
     if args.roles == "adapters":
         values["lora"] = {"r": 16, "alpha": 32}

@@ -42,6 +42,7 @@ class Bug:
 PPO = "pipeline/ppo.py"
 MATHS = "pipeline/algorithms/ppo.py"
 ROLES = "pipeline/models/roles.py"
+PACKED = "pipeline/models/packed.py"
 ROLLOUT = "pipeline/rollout.py"
 DETAILS = "tests/ppo/test_details.py::"
 ORACLE = "tests/ppo/test_oracle.py::"
@@ -60,7 +61,7 @@ BUGS = [
         "tests/models/test_models.py::test_score_and_value_subtract_the_same_offset"),
     Bug("A16 dropout stays on", "pipeline/models/loading.py", "setattr(module, name, 0.0)", "pass",
         "tests/models/test_models.py::test_dropout_is_off_everywhere"),
-    Bug("A18 log-probabilities without the temperature", ROLES, "tokens[mask], self.temperature, self.forbidden", "tokens[mask], 1.0, self.forbidden",
+    Bug("A18 log-probabilities without the temperature", ROLES, 'batch["tokens"][mask], self.temperature, self.forbidden', 'batch["tokens"][mask], 1.0, self.forbidden',
         OPTIMUM + "test_a18_temperature_is_the_same_everywhere"),
     Bug("A19 only EOS ends a response", ROLLOUT, "going = ~torch.isin(tokens, stops)", "going = ~torch.isin(tokens, stops[:1])",
         DETAILS + "test_a19_responses_end_at_their_first_stop_token"),
@@ -119,7 +120,7 @@ BUGS = [
         DETAILS + "test_a33_ptx_adds_its_gradient_before_the_step"),
     Bug("A34 the average decays the wrong way", PPO, "1 - (args.ema_decay or 0.0)", "(args.ema_decay or 0.0)",
         DETAILS + "test_a34_the_moving_average_in_closed_form"),
-    Bug("D14 the reference is the policy of the moment", ROLES, '"ref_logprobs": self.reference(**_inputs(batch))[0]}', '"ref_logprobs": self.policy(**_inputs(batch))[0]}',
+    Bug("D14 the reference is the policy of the moment", ROLES, '"ref_logprobs": self.reference(batch)[0]}', '"ref_logprobs": self.policy(batch)[0]}',
         OPTIMUM + "test_d1_kl_bandit[0.5-0]"),
     Bug("the k2 loss in other units than the advantages", PPO, "((rollout.advantage_std + 1e-8) if args.whiten_advantages else 1.0)", "1.0",
         ORACLE + "test_d9_the_update_is_the_oracles[options4-0]"),
@@ -137,6 +138,13 @@ BUGS = [
     Bug("shared trunk: the value's gradient stops at its head", ROLES, 'found = {"values": self._values(hidden, batch["positions"])}',
         'found = {"values": self._values(hidden.detach(), batch["positions"])}',
         "tests/ppo/test_roles.py::test_gradients_are_those_of_the_losses_by_finite_differences[shared_trunk]"),
+    Bug("packed rows: a row's attention begins in the row before it", PACKED, "starts[:, None] + columns, whole - 1", "(starts[:, None] + columns - 1).clamp(min=0), whole - 1",
+        "tests/models/test_packed.py::test_packed_rows_answer_and_learn_as_rows_alone[LlamaConfig]"),
+    Bug("packed rows: gradients do not come back from attention's rows", PACKED, "return _in_place(gradient, ctx.saved_tensors[0], ctx.tokens), None, None",
+        "return gradient.new_zeros(ctx.tokens, *gradient.shape[2:]), None, None",
+        "tests/models/test_packed.py::test_packed_rows_answer_and_learn_as_rows_alone[LlamaConfig]"),
+    Bug("packed rows: sliding windows are forgotten", PACKED, "seen &= ~torch.ones_like(seen).tril(-window)", "pass",
+        "tests/models/test_packed.py::test_packed_rows_answer_and_learn_as_rows_alone[MistralConfig]"),
     Bug("the best rollout is the worst", PPO, "found > state.best", "found < state.best", DETAILS + "test_the_best_rollout_is_kept"),
 ]  # fmt: skip
 

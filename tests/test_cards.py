@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pipeline.arguments import DatasetEntry
@@ -11,7 +12,7 @@ from pipeline.errors import UserError
 
 import datasets
 import pytest
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, ModelCard
 
 CARDS = sorted(path.parent for path in (Path(__file__).resolve().parent.parent / "data_cards").glob("*/README.md"))
 
@@ -57,3 +58,17 @@ def test_a_folder_without_a_card_is_refused(tmp_path: Path) -> None:
         split_files(tmp_path, "test")
     with pytest.raises(UserError, match="match no file"):
         split_files(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("stage", "metric"), [("pretrain", "perplexity"), ("sft", "perplexity"), ("reward", "accuracy"), ("ppo", "kl")]
+)
+def test_a_models_card_reads_as_the_hub_reads_it(chain: Path, stage: str, metric: str) -> None:
+    card = ModelCard.load(chain / stage / "README.md")
+    metrics = json.loads((chain / stage / "metrics.json").read_text(encoding="utf-8"))
+    results = {result.metric_type: result for result in card.data.eval_results or []}
+    assert results[metric].metric_value == pytest.approx(metrics[metric])
+    assert results[metric].dataset_name.startswith("held-out part of demo_")
+    assert card.data.library_name == "transformers"
+    for heading in ("## Figures", "## Data", "## Parents", "## Limits", "## Settings"):
+        assert heading in card.text

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 from pipeline.best_of_n import best_of_each, kl_bound
+from pipeline.devices import device_called, devices
 from pipeline.metrics import WinRate
 from pipeline.metrics.preference import length_controlled
-from pipeline.report import Answers, over_optimisation, win_rates
+from pipeline.plots import lineage_plot
+from pipeline.report import Answers, energy, over_optimisation, proxy_and_gold, read_run, win_rates
 
 import numpy as np
 import pytest
@@ -92,3 +97,66 @@ def test_every_pair_of_answerers_is_compared_once() -> None:
         ("sft", "pretrain"),
     }
     assert all(row["win_rate"] == 1.0 for row in rows)
+
+
+def test_proxy_and_gold_share_a_plot() -> None:
+    plot = proxy_and_gold(points([0.0, 1.0, 2.0, 4.0], [0.5, 0.9, 0.7, 0.5]))
+    found = {
+        name: [row["share of its largest move"] for row in plot.rows if row["series"] == name]
+        for name in ("reward (trained)", "rubric")
+    }
+    assert found == {"reward (trained)": [0.0, 0.25, 0.5, 1.0], "rubric": pytest.approx([0.0, 1.0, 0.5, 0.0])}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),
+        ("Tesla T4", "t4"),
+        ("NVIDIA GB200", None),
+    ],
+)
+def test_devices_by_their_drivers_names(name: str, key: str | None) -> None:
+    found = device_called(name, devices())
+    assert (found.name if found else None) == key
+
+
+def test_energy_is_time_times_power() -> None:
+    cluster = {"seconds": 3600, "processes": 8, "hardware": {"gpus": ["NVIDIA A100-SXM4-80GB"] * 8}}
+    laptop = {"seconds": 1800, "processes": 2, "hardware": {"cpus": 2}}
+    found = energy({"sft": cluster, "ppo": laptop}, None)
+    assert found == {"kwh": {"sft": pytest.approx(3.2)}, "watts": {"sft": 3200.0}, "unknown": ["ppo"]}
+    assert energy({"ppo": laptop}, 100.0)["kwh"] == {"ppo": pytest.approx(0.05)}
+
+
+def test_every_hash_is_held_against_the_disk(chain: Path, tmp_path: Path) -> None:
+    """A run as it was left; then one whose data changed, whose weights changed, and whose data is gone."""
+    found = read_run(chain)
+    assert (found.notes, found.changed) == ([], [])
+    run = tmp_path / "run"
+    shutil.copytree(chain, run, ignore=shutil.ignore_patterns("report", "value", "checkpoint-*"))
+    path = run / "sft" / "lineage.json"
+    lineage = json.loads(path.read_text(encoding="utf-8"))
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    lineage["recipe"]["datasets"] = [{"path": str(data)}]
+    path.write_text(json.dumps(lineage), encoding="utf-8")
+    assert read_run(run).notes == [f"sft: its data {data} changed after the stage finished"]
+    data.unlink()
+    weights = run / "ppo" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    found = read_run(run)
+    assert found.changed == ["ppo"]
+    assert found.notes == [
+        f"sft: its data {data} cannot be read any more, so it was not checked",
+        "ppo: its weights changed after the stage finished; the figures below may not be theirs",
+    ]
+    assert "weights changed since" in lineage_plot(found.lineages, found.changed).svg

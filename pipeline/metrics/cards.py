@@ -13,6 +13,14 @@ TITLES = {
 }
 
 
+MEASURED = {
+    "pretrain": ("perplexity", "bits_per_byte"),
+    "sft": ("perplexity", "token_accuracy"),
+    "reward": ("accuracy", "ece"),
+    "ppo": ("score", "kl"),
+}  # what the Hub shows beside a model
+
+
 def write_model_card(
     folder: Path,
     stage: str,
@@ -21,10 +29,29 @@ def write_model_card(
     datasets: list[dict[str, Any]],
     metrics: dict[str, Any],
 ) -> None:
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     task = "text-classification" if stage == "reward" else "text-generation"
-    data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["rlhf", stage])
+    names = ", ".join(dict.fromkeys(d["name"] for d in datasets)) or "nothing"
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=names,
+            dataset_name=f"held-out part of {names}",
+            metric_type=name,
+            metric_value=metrics[name],
+            verified=False,
+        )
+        for name in MEASURED[stage]
+        if isinstance(metrics.get(name), int | float)
+    ]
+    data = ModelCardData(
+        model_name=f"{folder.parent.name}-{stage}",
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["rlhf", stage],
+        eval_results=results,
+    )
     figures = "\n".join(
         f"| {name} | {_figure(value)} |" for name, value in metrics.items() if not isinstance(value, dict | list)
     )
