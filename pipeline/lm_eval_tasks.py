@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
+import torch
+
 
 def require_lm_eval() -> None:
     """Raises UserError where the package is missing."""
@@ -34,6 +36,7 @@ def task_scores(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     manager = TaskManager(include_path=tasks_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
@@ -42,7 +45,7 @@ def task_scores(
         )
     found: dict[str, dict[str, dict[str, float]]] = {}
     for stage in stages:
-        model = HFLM(pretrained=str(folder / stage), batch_size=8)
+        model = HFLM(pretrained=str(folder / stage), batch_size=8, device=device)
         for task in tasks:
             try:
                 results = lm_eval.simple_evaluate(
