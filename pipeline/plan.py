@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import arguments
+from pipeline.algorithms.logprobs import LOGITS_BYTES
 from pipeline.arguments import KINDS, STAGES, RewardSource, recipe_stages
 from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.sources import read_sources
@@ -25,7 +26,6 @@ from pipeline.data.tokenizer import train_tokenizer
 from pipeline.devices import Device, devices
 from pipeline.errors import UserError
 from pipeline.models.loading import assign_template, load_tokenizer
-from pipeline.models.roles import LOGITS_BYTES
 from pipeline.sizing import (
     Parameters,
     cache_bytes,

@@ -164,7 +164,7 @@ def bars(title: str, ylabel: str, groups: dict[str, dict[str, float]]) -> Plot:
 def lineage_plot(lineages: dict[str, dict[str, Any]], changed: Collection[str]) -> Plot:
     """From data to policy: datasets above the stages that read them, arrows from parents; `changed` are stages whose
     weights on the disk are no longer those of their lineage."""
-    title = "lineage"
+    title = "from data to policy"
     names = list(lineages)
     outside = {
         parent["path"]: parent["weights_sha256"]
@@ -172,42 +172,44 @@ def lineage_plot(lineages: dict[str, dict[str, Any]], changed: Collection[str]) 
         for parent in lineage["parents"]
         if parent.get("stage") not in lineages
     }
-    places = {name: (float(i), 0.0) for i, name in enumerate(names)}
-    places |= {path: (float(i), -1.0) for i, path in enumerate(outside)}
     rows: list[dict[str, Any]] = []
-    with _figure(title, (2.3 * max(len(names), 2), 3.4)) as (axes, finish):
+    with _figure(title, (2.3 * max(len(names), len(outside), 2), 3.4)) as (axes, finish):
         axes.set_axis_off()
         axes.set_xlim(-0.55, max(len(names), len(outside)) - 0.45)
         axes.set_ylim(-1.5 if outside else -0.6, 1.5)
+        boxes: dict[str, Any] = {}
 
-        def box(text: str, at: tuple[float, float], color: str) -> None:
+        def box(key: str, text: str, x: float, y: float, color: str) -> None:
             frame = {"boxstyle": "round,pad=0.5", "facecolor": "none", "edgecolor": color, "linewidth": 1.4}
-            axes.text(*at, text, ha="center", va="center", fontsize=8, bbox=frame)
+            boxes[key] = axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox=frame)
 
-        def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
-            far = abs(end[0] - start[0]) > 1 and start[1] == end[1]
-            bend = "arc3,rad=0.35" if far else "arc3,rad=0"  # below the stages between
-            style = {"arrowstyle": "->", "color": COLORS[3], "shrinkA": 34, "shrinkB": 34, "connectionstyle": bend}
+        def arrow(source: str, target: str) -> None:
+            start, end = boxes[source].get_position(), boxes[target].get_position()
+            far = start[1] == end[1] and abs(end[0] - start[0]) > 1
+            style = {
+                "arrowstyle": "->",
+                "color": COLORS[3],
+                "connectionstyle": "arc3,rad=0.35" if far else "arc3,rad=0",  # below the stages between
+                "patchA": boxes[source].get_bbox_patch(),
+                "patchB": boxes[target].get_bbox_patch(),
+            }
             axes.annotate("", xy=end, xytext=start, arrowprops=style)
 
-        for name, lineage in lineages.items():
-            x, y = places[name]
+        for i, (name, lineage) in enumerate(lineages.items()):
             state = "weights changed since" if name in changed else "weights as written"
-            box(
-                f"{name}\n{lineage['weights_sha256'][:10]}\n{state}",
-                (x, y),
-                COLORS[1] if name in changed else COLORS[0],
-            )
+            color = COLORS[1] if name in changed else COLORS[0]
+            box(name, f"{name}\n{lineage['weights_sha256'][:10]}\n{state}", i, 0.0, color)
             read = list(dict.fromkeys(d["name"] for d in lineage["datasets"]))
-            box("\n".join(read) or "no data", (x, 1.1), COLORS[2])
-            arrow((x, 1.1), (x, y))
+            box(f"data of {name}", "\n".join(read) or "no data", i, 1.1, COLORS[2])
+        for i, (path, sha256) in enumerate(outside.items()):
+            box(path, f"{Path(path).name}\n{sha256[:10]}\nfrom outside", i, -1.0, COLORS[4])
+        for name, lineage in lineages.items():
+            arrow(f"data of {name}", name)
             rows += [{"from": d["name"], "to": name, "sha256": d["sha256"]} for d in lineage["datasets"]]
             for parent in lineage["parents"]:
                 source = parent["stage"] if parent.get("stage") in lineages else parent["path"]
-                arrow(places[source], (x, y))
+                arrow(source, name)
                 rows.append({"from": source, "to": name, "sha256": parent["weights_sha256"]})
-        for path, sha256 in outside.items():
-            box(f"{Path(path).name}\n{sha256[:10]}\nfrom outside", places[path], COLORS[4])
         svg = finish()
     return Plot(title, svg, rows)
 

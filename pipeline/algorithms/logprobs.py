@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LOGITS_BYTES = 256 * 2**20  # of fp32 logits alive at once
+
 
 def tempered_logits(logits: Tensor, temperature: float, forbidden: Tensor | None) -> Tensor:
     """Logits in fp32, divided by the temperature, the lowest number at forbidden ids: the distribution that is sampled

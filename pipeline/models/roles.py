@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.algorithms.logprobs import tempered_logits, token_logprobs
+from pipeline.algorithms.logprobs import LOGITS_BYTES, tempered_logits, token_logprobs
 from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
 from pipeline.models.adapters import lora_config, read_adapter
@@ -25,8 +25,6 @@ from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedModel
-
-LOGITS_BYTES = 256 * 2**20  # of fp32 logits alive at once
 
 
 class PolicyModel(nn.Module):
