@@ -51,3 +51,24 @@ def device_called(name: str, known: Mapping[str, Device]) -> Device | None:
     words += [first + second for first, second in itertools.pairwise(words)]
     fitting = [device for key, device in known.items() if set(key.split("-")) <= set(words)]
     return max(fitting, key=lambda device: len(device.name), default=None)
+
+
+def energy(lineages: dict[str, dict[str, Any]], watts: float | None) -> dict[str, Any]:
+    """Wall time × devices × board power: what a run may have drawn at most, hosts and cooling left out.
+
+    Args:
+        watts: of one device; without it that of `devices.yaml`, where the device is known.
+    """
+    found: dict[str, Any] = {"kwh": {}, "watts": {}, "unknown": []}
+    table = devices()
+    for stage, lineage in lineages.items():
+        gpus = lineage["hardware"].get("gpus") or []
+        known = device_called(gpus[0], table) if gpus else None
+        power = watts if watts is not None else known.watts if known else None
+        if power is None:
+            found["unknown"].append(stage)
+            continue
+        used = lineage["processes"] if gpus else 1  # a device a process; on CPUs `watts` is the machine's
+        found["watts"][stage] = power * used
+        found["kwh"][stage] = lineage["seconds"] / 3600 * power * used / 1000
+    return found

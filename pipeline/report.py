@@ -5,9 +5,7 @@ Writes `report/report.json` (all figures) and `report/index.html` (one self-cont
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +20,17 @@ from pipeline.data.packing import pack_documents
 from pipeline.data.records import PARSERS, Record, read_jsonl
 from pipeline.data.sources import digest_of, files_of, read_sources, split_texts
 from pipeline.data.splits import split_records, spread
-from pipeline.devices import device_called, devices
+from pipeline.devices import energy
 from pipeline.errors import UserError
+from pipeline.frontier import frontier, over_optimisation
 from pipeline.llm_judge import Judge, compare_answers, judge_from
 from pipeline.lm_eval_tasks import require_lm_eval, task_scores
-from pipeline.metrics import DistinctN, Perplexity, Repetition, WinRate, history
+from pipeline.metrics import DistinctN, Perplexity, Repetition, WinRate
 from pipeline.metrics.language import token_nll
 from pipeline.metrics.preference import length_controlled
 from pipeline.models.loading import load_causal_lm, load_tokenizer
-from pipeline.plots import Plot, curve, lineage_plot, reward_plots, stage_curves
+from pipeline.plots import lineage_plot
+from pipeline.report_page import draw, render, summary
 from pipeline.rollout import LocalEngine, row_uniforms
 from pipeline.scoring import Scorer, build_scorer, call_function, import_from, import_function, judge_labels
 
@@ -43,16 +43,6 @@ ANSWERING = ("pretrain", "sft", "ppo")
 DATASET_KEYS = ("datasets", "eval_datasets", "ptx_datasets", "center_on")
 SAMPLES = 24
 SEED = 2**30
-NOT_GOLD = (
-    "step",
-    "kl",
-    "reward",
-    "reference_score",
-    "response_tokens",
-    "reference_response_tokens",
-    "stopped",
-    "prompts",
-)
 
 
 def write_report(
@@ -136,7 +126,7 @@ def write_report(
         render(report, draw(folder, lineages, points, reference_point), lineage_plot(lineages, run.changed)),
         encoding="utf-8",
     )
-    print(f"report: {_summary(report)}{target / 'index.html'}")
+    print(f"report: {summary(report)}{target / 'index.html'}")
     return target
 
 
@@ -347,11 +337,6 @@ def win_rates(scores: dict[str, dict[str, list[float]]], answers: dict[str, Answ
     return rows
 
 
-def gold_judges(points: list[dict[str, Any]]) -> list[str]:
-    """Judges of the evaluations that training never saw."""
-    return [key for key in (points[0] if points else {}) if key not in NOT_GOLD and not key.startswith("score_")]
-
-
 def llm_win_rates(
     judge: Judge, prompts: list[Record], answers: dict[str, Answers], outside: list[str], notes: list[str]
 ) -> list[dict[str, Any]]:
@@ -373,57 +358,6 @@ def llm_win_rates(
                 f"judged ({why}); they count on neither side and are listed in report.json"
             )
     return rows
-
-
-def energy(lineages: dict[str, dict[str, Any]], watts: float | None) -> dict[str, Any]:
-    """Wall time × devices × board power: what a run may have drawn at most, hosts and cooling left out.
-
-    Args:
-        watts: of one device; without it that of `devices.yaml`, where the device is known.
-    """
-    found: dict[str, Any] = {"kwh": {}, "watts": {}, "unknown": []}
-    table = devices()
-    for stage, lineage in lineages.items():
-        gpus = lineage["hardware"].get("gpus") or []
-        known = device_called(gpus[0], table) if gpus else None
-        power = watts if watts is not None else known.watts if known else None
-        if power is None:
-            found["unknown"].append(stage)
-            continue
-        used = lineage["processes"] if gpus else 1  # a device a process; on CPUs `watts` is the machine's
-        found["watts"][stage] = power * used
-        found["kwh"][stage] = lineage["seconds"] / 3600 * power * used / 1000
-    return found
-
-
-def over_optimisation(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Where proxy and gold part (Gao et al. 2023): the trained score went on rising, a judge that training never saw fell.
-
-    A fall counts from a tenth of what that judge had gained (or of its best value, where it gained nothing), which noise of
-    held-out means stays below.
-    """
-    found = []
-    for judge in gold_judges(points):
-        gold = [point[judge] for point in points]
-        best = int(np.argmax(gold))
-        gained = max(gold[best] - gold[0], 0.1 * abs(gold[best]))
-        if (
-            best < len(gold) - 1
-            and points[-1]["reward"] > points[best]["reward"]
-            and gold[best] - gold[-1] > 0.1 * gained
-        ):
-            found.append(
-                {
-                    "judge": judge,
-                    "step": points[best]["step"],
-                    "kl": points[best]["kl"],
-                    "gold_best": gold[best],
-                    "gold_end": gold[-1],
-                    "proxy_then": points[best]["reward"],
-                    "proxy_end": points[-1]["reward"],
-                }
-            )
-    return found
 
 
 @torch.no_grad()
@@ -462,21 +396,6 @@ def alignment_tax(
         nll, tokens, _ = token_nll(model, batches, next(model.parameters()).device)
         found[name] = Perplexity()._compute([nll], [tokens])["perplexity"]
     return {"perplexity": found, "tokens": tokens}
-
-
-def frontier(folder: Path) -> list[dict[str, Any]]:
-    """Every evaluation of the PPO run: its KL, the trained score, and each judge's."""
-    points = []
-    for row in history.read(folder / "ppo"):
-        if "eval_kl" in row:
-            point = {"step": row["step"], "kl": row["eval_kl"], "reward": row["eval_score"]}
-            point |= {
-                k.removeprefix("eval_"): v
-                for k, v in row.items()
-                if k.startswith("eval_") and k not in ("eval_kl", "eval_score")
-            }
-            points.append(point)
-    return points
 
 
 def variety(answers: Answers) -> dict[str, float]:
@@ -534,113 +453,3 @@ def extremes(answers: dict[str, Answers], scores: dict[str, dict[str, list[float
             f"worst of {last} by {judge}": int(np.argmin(values)),
         }
     return found
-
-
-# ---------------------------------------------------------------------------------------------- the page
-
-
-def draw(
-    folder: Path, lineages: dict[str, Any], points: list[dict[str, Any]], best: dict[str, Any] | None = None
-) -> dict[str, list[Plot]]:
-    """Every stage's plots; `points` of `frontier`."""
-    drawn: dict[str, list[Plot]] = {}
-    for stage, lineage in lineages.items():
-        drawn[stage] = stage_curves(folder / stage, stage)
-        if stage == "reward":
-            drawn[stage] += reward_plots(lineage["metrics"])
-        for judge in ["reward", *gold_judges(points)] if stage == "ppo" and points else []:
-            series = {"ppo, by rollout": [(math.sqrt(max(point["kl"], 0.0)), point[judge]) for point in points]}
-            if best and judge in best["curve"][0]:
-                name = f"best of 1 … {best['n']}"
-                series[name] = [(math.sqrt(point["kl"]), point[judge]) for point in best["curve"]]
-            labels = [str(point["step"]) for point in points]
-            title = f"ppo: {judge} over √KL" + (" (trained score)" if judge == "reward" else " (unseen in training)")
-            drawn[stage].append(curve(title, "√KL, √nats a response", f"mean {judge}", series, labels))
-        if stage == "ppo" and gold_judges(points):
-            drawn[stage].append(proxy_and_gold(points))
-    return drawn
-
-
-def proxy_and_gold(points: list[dict[str, Any]]) -> Plot:
-    """The trained score and every judge on one plot (after Gao et al. 2023), each as a share of its own largest move."""
-    series = {}
-    for judge in ["reward", *gold_judges(points)]:
-        moved = [point[judge] - points[0][judge] for point in points]
-        largest = max(map(abs, moved)) or 1.0
-        name = "reward (trained)" if judge == "reward" else judge
-        series[name] = [(math.sqrt(max(p["kl"], 0.0)), move / largest) for p, move in zip(points, moved, strict=True)]
-    labels = [str(point["step"]) for point in points]
-    return curve("ppo: proxy and gold over √KL", "√KL, √nats a response", "share of its largest move", series, labels)
-
-
-def render(report: dict[str, Any], drawn: dict[str, list[Plot]], lineage: Plot) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["figure"] = _figure
-    template = environment.get_template("report.html.j2")
-    return template.render(
-        report=report,
-        plots=drawn,
-        picture=lineage,
-        headlines=_headlines(report),
-        data=json.dumps(report, ensure_ascii=False).replace("</", "<\\/"),
-    )
-
-
-def _headlines(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, figure, note) of the boxes on top."""
-    stages, boxes = report["stages"], []
-    if "pretrain" in stages:
-        boxes.append(("Perplexity", _figure(stages["pretrain"]["perplexity"]), "pretrained model, held-out text"))
-    if "reward" in stages:
-        ceiling = stages["reward"].get("noise_ceiling")
-        note = "reward model, held-out pairs" + (f"; noise allows {ceiling:.1%}" if ceiling else "")
-        boxes.append(("Accuracy", f"{stages['reward']['accuracy']:.1%}", note))
-    for row in report["win_rates"]:
-        if (row["candidate"], row["baseline"]) in (("ppo", "sft"), ("sft", "pretrain")):
-            boxes.append(
-                (
-                    f"{row['candidate']} over {row['baseline']}",
-                    f"{row['win_rate']:.0%}",
-                    f"wins by {row['judge']}, 95 % [{row['ci95'][0]:.0%}, {row['ci95'][1]:.0%}]",
-                )
-            )
-    if "ppo" in stages:
-        boxes.append(("KL", _figure(stages["ppo"]["kl"]), "nats a response, PPO from SFT"))
-    if report["over_optimisation"]:
-        at = report["over_optimisation"][0]
-        boxes.append(
-            (
-                "Over-optimised",
-                f"from rollout {at['step']}",
-                f"{at['judge']} fell after it while the trained score rose",
-            )
-        )
-    boxes.append(("Training", f"{sum(report['seconds'].values()):.0f} s", "wall time of all stages"))
-    return boxes
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value)
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.3e}" if abs(value) >= 1e6 else f"{value:,.0f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_figure(v) for v in value) + "]"
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {_figure(v)}" for k, v in value.items())
-    return str(value)
-
-
-def _summary(report: dict[str, Any]) -> str:
-    wins = [
-        f"{row['candidate']} beats {row['baseline']} in {row['win_rate']:.1%} ({row['judge']})"
-        for row in report["win_rates"]
-        if (row["candidate"], row["baseline"]) in (("ppo", "sft"), ("sft", "pretrain"))
-    ]
-    return ", ".join(wins) + (" · " if wins else "")

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.best_of_n import best_of_each, kl_bound
-from pipeline.devices import device_called, devices
+from pipeline.devices import device_called, devices, energy
+from pipeline.frontier import over_optimisation
 from pipeline.metrics import WinRate
 from pipeline.metrics.preference import length_controlled
 from pipeline.plots import lineage_plot
-from pipeline.report import Answers, energy, over_optimisation, proxy_and_gold, read_run, win_rates
+from pipeline.report import Answers, read_run, win_rates
+from pipeline.report_page import proxy_and_gold
 
 import numpy as np
 import pytest
