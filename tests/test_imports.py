@@ -15,6 +15,7 @@ LAYERS = {
     "errors": 0, "hashing": 0, "algorithms": 0, "arguments": 0,
     "data": 1, "models": 1, "checkpoints": 1, "metrics": 1,
     "rollout": 2, "scoring": 2, "best_of_n": 2, "stage": 2, "training": 2, "judging": 2, "plots": 2, "sizing": 2,
+    "devices": 1, "trackers": 1, "frontier": 2, "llm_judge": 2, "lm_eval_tasks": 2, "report_page": 2,
     "pretrain": 3, "sft": 3, "reward": 3, "ppo": 3, "check": 3, "report": 3, "score_file": 3, "check_data": 3, "plan": 3, "compare": 3,
     "run": 4, "dry_run": 4, "cli": 4,
 }  # fmt: skip

@@ -33,7 +33,9 @@ def test_figures_of_the_report(report: Path, chain: Path) -> None:
     )
     twin = [row for row in found["win_rates"] if (row["candidate"], row["baseline"]) == ("sft", str(chain / "sft"))]
     assert all(row["win_rate"] == 0.5 for row in twin), "the same weights and numbers tie with themselves"
-    assert set(found["alignment_tax"]["perplexity"]) == {"pretrain", "sft", "ppo"}
+    tax = found["alignment_tax"]["perplexity"]
+    assert set(tax) == {"pretrain", "sft", "ppo", str(chain / "sft")}
+    assert tax["sft"] == pytest.approx(tax[str(chain / "sft")])
     measured = found["stages"]["pretrain"]["perplexity"]
     assert found["alignment_tax"]["perplexity"]["pretrain"] == pytest.approx(measured, rel=0.2)
     curve = found["best_of_n"]["curve"]
