@@ -52,9 +52,8 @@ def task_scores(
                     model, tasks=[task], task_manager=manager, bootstrap_iters=1000, verbosity="ERROR"
                 )
             except Exception as error:  # whatever a task's own code and data raise
-                notes.append(
-                    f"lm-eval: {task} of {stage} was not measured: {str(error).splitlines()[0][:200] or type(error).__name__}"
-                )
+                why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                notes.append(f"lm-eval: {task} of {stage} was not measured: {why}")
                 continue
             assert results is not None
             for name, metrics in results["results"].items():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.arguments import DatasetEntry, RewardSource
+from pipeline.arguments import STAGES, DatasetEntry, RewardSource
 from pipeline.best_of_n import best_of_each, best_of_n, kl_bound
 from pipeline.checkpoints import read_lineage, tokenizer_hashes, weights_sha256, write_json
 from pipeline.data.collators import BlockCollator
@@ -38,7 +38,6 @@ import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
-STAGES = ("pretrain", "sft", "reward", "ppo")
 ANSWERING = ("pretrain", "sft", "ppo")
 DATASET_KEYS = ("datasets", "eval_datasets", "ptx_datasets", "center_on")
 SAMPLES = 24
@@ -94,7 +93,8 @@ def write_report(
         name, point = f"best_of_{best_of}", reference_point
         scores[name] = bench.judge(prompts, answers[name])
         point |= {judge: float(np.mean(values)) for judge, values in scores[name].items()}
-    compared = llm_win_rates(asked_judge, prompts, answers, list(outside), notes) if asked_judge else []
+    answered = {name: place for name, place in outside.items() if name in answers}
+    compared = llm_win_rates(asked_judge, prompts, answers, list(answered), notes) if asked_judge else []
     points = frontier(folder)
     parted = over_optimisation(points)
     stages = {name: stage_figures(lineage) for name, lineage in lineages.items()}
@@ -107,7 +107,7 @@ def write_report(
         "frontier": points,
         "over_optimisation": parted,
         "best_of_n": reference_point,
-        "alignment_tax": alignment_tax(folder, lineages, outside, data_root, notes),
+        "alignment_tax": alignment_tax(folder, lineages, answered, data_root, notes),
         "tasks": task_scores(folder, [s for s in ANSWERING if s in lineages], tasks, tasks_path, notes),
         "energy": energy(lineages, watts),
         "agreement": agreement(scores),

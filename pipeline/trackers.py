@@ -28,7 +28,7 @@ def installed(package: str) -> bool:
 
 def wandb_login() -> bool:
     """Whether wandb knows who we are, or was told to stay offline."""
-    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path.home() / ".netrc"
     return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
@@ -50,7 +50,7 @@ def set_up(trackers: Sequence[str], folder: Path, rank: int) -> None:
     os.environ.setdefault("WANDB_DIR", str(folder))
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_PROJECT", PROJECT)
-    if not wandb_login():
+    if "WANDB_MODE" not in os.environ and not wandb_login():
         logger.info("wandb: no log-in found, writing offline to %s/wandb", folder)
         os.environ["WANDB_MODE"] = "offline"
     if rank == 0 and "WANDB_RUN_ID" not in os.environ:

@@ -47,4 +47,7 @@ def test_every_stage_takes_local_tasks(chain: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lm-eval knows no 'nothing'"):
         task_scores(chain, ["sft"], ["nothing"], str(tmp_path), notes)
     data.unlink()
-    assert task_scores(chain, ["sft"], ["capitals"], str(tmp_path), notes) in ({}, found)
+    silent = "task: silent\noutput_type: multiple_choice\n"
+    (tmp_path / "silent.yaml").write_text(silent + "dataset_path: json\ntest_split: test\n", encoding="utf-8")
+    assert task_scores(chain, ["sft"], ["silent"], str(tmp_path), notes) == {}
+    assert [note for note in notes if note.startswith("lm-eval: silent of sft was not measured: ")]
