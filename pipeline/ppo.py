@@ -45,7 +45,7 @@ from pipeline.models.loading import (
     require_pad,
     resolve_precision,
 )
-from pipeline.models.packed import lay_out, prepare
+from pipeline.models.packed import WORTH, Batch, lay_out, prepare
 from pipeline.models.roles import AdapterRoles, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
 from pipeline.models.scalar_head import load_scalar_model
 from pipeline.rollout import (
@@ -72,7 +72,7 @@ from pipeline.trackers import PROJECT, log_samples
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -681,7 +681,7 @@ class Loop:
             "the last checkpoint is as it was"
         )
 
-    def tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> dict[str, Tensor]:
+    def tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> Batch:
         """The input of a micro-batch, and where its responses are read (see `PolicyModel.forward`)."""
         mask = response_mask_of(response_ids, self.args.score_position)
         prompts = torch.tensor([len(p) for p in prompt_ids])[:, None]
@@ -689,14 +689,17 @@ class Loop:
         last = lengths - int(self.args.score_position == "last")  # "after": the state at the last token has a value too
         tokens = right_pad(response_ids, 0)
         rows = [p + r for p, r in zip(prompt_ids, response_ids, strict=True)]
-        batch = lay_out(rows, self.encoder.tokenizer.pad_token_id, self.roles.packed)
+        device = self.accelerator.device
+        worth = WORTH.get(device.type, WORTH["cuda"])
+        batch = lay_out(rows, self.encoder.tokenizer.pad_token_id, self.roles.packed, worth)
         within = prompts - 1 + torch.minimum(torch.arange(mask.shape[1])[None], last)
         batch |= {
             "positions": batch["starts"][:, None] + within,
             "tokens": nn.functional.pad(tokens, (0, mask.shape[1] - tokens.shape[1])),
             "mask": mask,
         }
-        return {key: value.to(self.accelerator.device) for key, value in batch.items()}
+        placed: Batch = send_to_device(batch, device)
+        return placed
 
     # ------------------------------------------------------------------------------------------ evaluation
 

@@ -16,6 +16,7 @@ from pipeline.data.collators import right_pad
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,40 +25,69 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 NAME = "rows_apart"
 # Sizes are rounded up to multiples: oneDNN makes a kernel for each new shape, tensor cores want eights.
 TOKENS, LENGTH = 64, 16
-Batch = dict[str, Tensor]
+# Attention scores a head that one more group of rows must save: on a CPU as measured; on a GPU a group costs launches,
+# and the number is what its arithmetic does in their time (not measured).
+WORTH = {"cpu": 2**14, "cuda": 2**22}
+Batch = dict[str, Any]  # of tensors; `slots` is a tuple of them
 
-_layout: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("layout", default=None)  # slots and places of `lay_out`
+_layout: ContextVar[tuple[tuple[Tensor, ...], Tensor] | None] = ContextVar("layout", default=None)  # slots and places
 
 
-def lay_out(rows: Sequence[Sequence[int]], pad_id: int, packed: bool) -> Batch:
+def lay_out(rows: Sequence[Sequence[int]], pad_id: int, packed: bool, worth: int = WORTH["cpu"]) -> Batch:
     """Rows of token ids as a model's input.
+
+    Args:
+        worth: see WORTH.
 
     Returns:
         input_ids, position_ids: (1, tokens) end to end, at least one filler last; or (rows, length), padded on the right.
         starts: (rows,) where each row begins in the flattened input.
-        slots: (rows, length) the token that stands there in padded rows (the last filler, where none does), and
-        places: (tokens of rows,) the slot of each token; where packed.
+        slots: for each group of rows of similar length, (rows of it, length) the token that stands there in padded rows
+            (the last filler, where none does), and
+        places: (tokens of rows,) the slot of each token, the groups' slots counted end to end; where packed.
     """
     lengths = torch.tensor([len(row) for row in rows])
-    longest = _up(int(lengths.max()), LENGTH)
-    columns = torch.arange(longest)
     starts = lengths.cumsum(0) - lengths
     if not packed:
+        longest = _up(int(lengths.max()), LENGTH)
         ids = F.pad(right_pad(rows, pad_id), (0, longest - int(lengths.max())), value=pad_id)
-        positions = columns.expand(len(rows), -1)
+        positions = torch.arange(longest).expand(len(rows), -1)
         return {"input_ids": ids, "position_ids": positions, "starts": torch.arange(len(rows)) * longest}
     total = int(lengths.sum())
     whole = _up(total + 1, TOKENS)
     ids = torch.tensor([[*(token for row in rows for token in row), *([pad_id] * (whole - total))]])
-    real = columns[None] < lengths[:, None]
-    positions = F.pad(columns.expand(len(rows), -1)[real], (0, whole - total))
+    positions, places = torch.zeros(whole, dtype=torch.long), torch.empty(total, dtype=torch.long)
+    slots, before = [], 0
+    for group in alike(lengths.tolist(), worth):
+        columns = torch.arange(_up(max(len(rows[i]) for i in group), LENGTH))
+        real = columns < lengths[group, None]
+        slot = torch.where(real, starts[group, None] + columns, whole - 1)
+        positions[slot[real]] = columns.expand_as(slot)[real]
+        places[slot[real]] = before + real.flatten().nonzero()[:, 0]
+        slots.append(slot)
+        before += slot.numel()
     return {
         "input_ids": ids,
         "position_ids": positions[None],
         "starts": starts,
-        "slots": torch.where(real, starts[:, None] + columns, whole - 1),
-        "places": real.flatten().nonzero()[:, 0],
+        "slots": tuple(slots),
+        "places": places,
     }
+
+
+def alike(lengths: Sequence[int], worth: int) -> list[list[int]]:
+    """Rows in groups of similar length: halved as long as that saves `worth` attention scores a head."""
+
+    def halve(group: list[int]) -> list[list[int]]:
+        halves = [group[: len(group) // 2], group[len(group) // 2 :]]
+        if len(group) < 2 or scores(group) - sum(map(scores, halves)) < worth:
+            return [group]
+        return [part for half in halves for part in halve(half)]
+
+    def scores(group: list[int]) -> int:
+        return len(group) * _up(lengths[group[-1]], LENGTH) ** 2
+
+    return halve(sorted(range(len(lengths)), key=lambda i: lengths[i]))
 
 
 def _up(number: int, multiple: int) -> int:
@@ -99,44 +129,45 @@ def prepare(model: Any) -> bool:
 @torch.no_grad()
 def _trial(model: Any, rows: list[list[int]], batch: Batch) -> Tensor:
     device = next(model.parameters()).device
-    states = hidden_states(model.base_model, {key: value.to(device) for key, value in batch.items()}).float()
+    states = hidden_states(model.base_model, send_to_device(batch, device)).float()
     starts = batch["starts"].tolist()
     return torch.cat([states[start : start + len(row)] for start, row in zip(starts, rows, strict=True)])
 
 
 class _Pad(torch.autograd.Function):
-    """(tokens, …) to (rows, length, …); a gather both ways, for each slot has one token and each token one slot."""
+    """(tokens, …) to (rows, length, …) of each group; a gather both ways, for each slot has one token and each token one slot."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, places: Tensor, *slots: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(places)
         ctx.tokens = len(x)
-        return x.index_select(0, slots.flatten()).view(*slots.shape, *x.shape[1:])
+        return tuple(x.index_select(0, slot.flatten()).view(*slot.shape, *x.shape[1:]) for slot in slots)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _in_place(gradient, ctx.saved_tensors[0], ctx.tokens), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _end_to_end(gradients, ctx.saved_tensors[0], ctx.tokens), None, *(None for _ in gradients)
 
 
 class _Unpad(torch.autograd.Function):
-    """(rows, length, …) back to (tokens, …). Padding slots take the last filler's gradient, which is 0: nobody reads it."""
+    """The groups back to (tokens, …). Padding slots take the last filler's gradient, which is 0: nobody reads it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Tensor, places: Tensor, tokens: int) -> Tensor:
-        ctx.save_for_backward(slots)
-        return _in_place(x, places, tokens)
+    def forward(ctx: Any, slots: tuple[Tensor, ...], places: Tensor, tokens: int, *groups: Tensor) -> Tensor:
+        ctx.save_for_backward(*slots)
+        return _end_to_end(groups, places, tokens)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (slots,) = ctx.saved_tensors
-        return gradient.index_select(0, slots.flatten()).view(*slots.shape, *gradient.shape[1:]), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        back = (gradient.index_select(0, s.flatten()).view(*s.shape, *gradient.shape[1:]) for s in ctx.saved_tensors)
+        return None, None, None, *back
 
 
-def _in_place(x: Tensor, places: Tensor, tokens: int) -> Tensor:
-    """(tokens, …) from (rows, length, …); fillers are 0."""
-    flat = x.new_zeros(tokens, *x.shape[2:])
-    torch.index_select(x.flatten(0, 1), 0, places, out=flat[: len(places)])
-    return flat
+def _end_to_end(groups: Sequence[Tensor], places: Tensor, tokens: int) -> Tensor:
+    """(tokens, …) from (rows, length, …) of each group; fillers are 0."""
+    slots = torch.cat([group.flatten(0, 1) for group in groups]) if len(groups) > 1 else groups[0].flatten(0, 1)
+    found = slots.new_zeros(tokens, *slots.shape[1:])
+    torch.index_select(slots, 0, places, out=found[: len(places)])
+    return found
 
 
 def _attention(
@@ -156,10 +187,13 @@ def _attention(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
         )
     slots, places = layout
-    q, k, v = (_Pad.apply(x[0].transpose(0, 1), slots, places).transpose(1, 2) for x in (query, key, value))
-    window = sliding_window if sliding_window is not None and sliding_window < slots.shape[1] else None
-    out = _attend(q, k, v, scaling, window)
-    return _Unpad.apply(out.transpose(1, 2), slots, places, query.shape[2])[None], None
+    parts = (_Pad.apply(x[0].transpose(0, 1), places, *slots) for x in (query, key, value))
+    groups = []
+    for part in zip(*parts, strict=True):
+        q, k, v = (x.transpose(1, 2) for x in part)
+        window = sliding_window if sliding_window is not None and sliding_window < q.shape[2] else None
+        groups.append(_attend(q, k, v, scaling, window).transpose(1, 2))
+    return _Unpad.apply(slots, places, query.shape[2], *groups)[None], None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from pipeline.models.packed import NAME, hidden_states, lay_out, prepare
+from pipeline.models.packed import NAME, alike, hidden_states, lay_out, prepare
 
 import pytest
 import torch
@@ -37,13 +37,13 @@ def network(name: str, **sizes: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def answer(model: Any, packed: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def answer(model: Any, packed: bool, worth: int = 2**14) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """States of every token, and the gradients of a fixed weighted sum of them; rows end to end, or each in its own pass."""
     total = sum(map(len, ROWS))
     weights = torch.randn(total, 32, generator=torch.Generator().manual_seed(0))
     model.zero_grad()
     if packed:
-        batch = lay_out(ROWS, 0, packed=True)
+        batch = lay_out(ROWS, 0, packed=True, worth=worth)
         assert batch["input_ids"].shape == (1, 64)
         states = hidden_states(model.base_model, batch)[:total].float()
     else:
@@ -59,12 +59,13 @@ def test_packed_rows_answer_and_learn_as_rows_alone(name: str) -> None:
     assert prepare(model), f"{name} can be packed"
     assert model.config._attn_implementation == NAME
     exact, expected = answer(plain, packed=False)
-    states, gradients = answer(model, packed=True)
-    torch.testing.assert_close(states, exact, atol=1e-4, rtol=1e-4)
-    assert gradients.keys() == expected.keys()
     scale = norm(expected)
-    for label, gradient in expected.items():
-        assert (gradients[label] - gradient).norm() <= 1e-5 * scale, label
+    for worth in (2**14, 0):  # attention over all rows together; over each row
+        states, gradients = answer(model, packed=True, worth=worth)
+        torch.testing.assert_close(states, exact, atol=1e-4, rtol=1e-4)
+        assert gradients.keys() == expected.keys()
+        for label, gradient in expected.items():
+            assert (gradients[label] - gradient).norm() <= 1e-5 * scale, label
     with torch.autocast("cpu", torch.bfloat16):
         rounded, rounded_gradients = answer(plain, packed=False)
         states, gradients = answer(model, packed=True)
@@ -72,6 +73,16 @@ def test_packed_rows_answer_and_learn_as_rows_alone(name: str) -> None:
     errors = [norm({k: found[k] - expected[k] for k in expected}) for found in (gradients, rounded_gradients)]
     assert errors[0] <= 2.5 * errors[1]
     assert errors[0] <= 0.1 * scale
+
+
+def test_rows_of_similar_length_attend_together() -> None:
+    lengths = [100, 20, 18, 90, 25, 97, 17, 30]
+    assert alike(lengths, worth=2**14) == [[6, 2, 1, 4], [7, 3, 5, 0]]
+    assert alike(lengths, worth=2**40) == [[6, 2, 1, 4, 7, 3, 5, 0]]
+    assert len(alike(lengths, worth=0)) == len(lengths)
+    batch = lay_out([[1] * n for n in lengths], 0, packed=True)
+    assert [tuple(slots.shape) for slots in batch["slots"]] == [(4, 32), (4, 112)]
+    assert batch["position_ids"][0, : 100 + 20].tolist() == [*range(100), *range(20)]
 
 
 def norm(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
