@@ -574,14 +574,13 @@ class Loop:
             the minibatch's figures, over all processes.
         """
         args = self.args
-        tokens = rollout.response_mask[rows].sum().item()
-        value_tokens = rollout.value_mask[rows].sum().item()
+        tokens, value_tokens = int(rollout.response_mask[rows].sum()), int(rollout.value_mask[rows].sum())
         kl_loss_coef = 0.0
         if args.kl_estimator == "k2":  # in the units that whitening gave the advantages
             kl_loss_coef = self.state.kl_coef / ((rollout.advantage_std + 1e-8) if args.whiten_advantages else 1.0)
         mine = rows[self.run.rank :: self.run.processes]
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, float] = {}
         largest = 0.0
         for group in microbatches(lengths, mine, args.micro_batch_tokens):
             batch = self.tensors([rollout.prompt_ids[i] for i in group], [rollout.response_ids[i] for i in group])
@@ -591,37 +590,51 @@ class Loop:
                 for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns", "value_mask")
             }
             for found in self.roles.passes(batch, train_policy):
-                loss = torch.zeros((), device=mask.device)
-                parts: dict[str, Tensor] = {}
-                if "logprobs" in found:
-                    logprobs = found["logprobs"]
-                    losses, clipped = policy_losses(logprobs, old["logprobs"], old["advantages"], args.clip_range)
-                    loss = loss + masked_sum(losses, mask) / tokens
-                    if kl_loss_coef:
-                        loss = loss + kl_loss_coef * masked_sum(k2(logprobs, old["ref_logprobs"]), mask) / tokens
-                    log_ratio = torch.where(mask, logprobs.detach() - old["logprobs"], 0.0)
-                    largest = max(largest, log_ratio.abs().max().item())
-                    parts |= {"policy_loss": losses, "clip_fraction": clipped, "entropy": found["entropy"]}
-                    parts |= {"ratio": log_ratio.exp(), "update_kl": k3(old["logprobs"] + log_ratio, old["logprobs"])}
-                if "values" in found:
-                    value_loss, value_clipped = value_losses(
-                        found["values"], old["values"], old["returns"], args.value_clip_range
-                    )
-                    loss = loss + args.vf_coef * masked_sum(value_loss, old["value_mask"]) / value_tokens
-                    parts |= {"value_loss": value_loss, "value_clip_fraction": value_clipped}
-                loss.backward()
-                for name, part in parts.items():
-                    counted = old["value_mask"] if name.startswith("value") else mask
-                    share = masked_sum(part.detach().double(), counted).cpu()
-                    share = share / (value_tokens if name.startswith("value") else tokens)
-                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + share
+                shares = self.learn(found, old, mask, tokens, value_tokens, kl_loss_coef)
+                largest = max(largest, shares.pop("ratio_max_log", 0.0))
+                sums |= {name: sums.get(name, 0.0) + share for name, share in shares.items()}
         names = (*(POLICY_FIGURES if train_policy else ()), *VALUE_FIGURES)
-        totals = torch.stack([sums.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
+        totals = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
         totals, largest = self.reduce(totals, largest)
         trained = self.roles.parameters["policy"] * train_policy + self.roles.parameters["value"]
         self.state.flops += 6.0 * sum(lengths[i] for i in rows) * trained
         figures = dict(zip(names, totals.tolist(), strict=True))
         return {**figures, "ratio_max_log": largest} if train_policy else figures
+
+    def learn(
+        self, found: Batch, old: Batch, mask: Tensor, tokens: int, value_tokens: int, kl_loss_coef: float
+    ) -> dict[str, float]:
+        """Gradients of one pass over a micro-batch; returns its share of the minibatch's figures.
+
+        Args:
+            found: what the pass gave; old: what the rollout has; (rows, width) each, as is mask, bool.
+            tokens, value_tokens: of the minibatch, in all processes.
+        """
+        args = self.args
+        loss = torch.zeros((), device=mask.device)
+        parts: dict[str, Tensor] = {}
+        shares: dict[str, Tensor] = {}
+        if "logprobs" in found:
+            logprobs = found["logprobs"]
+            losses, clipped = policy_losses(logprobs, old["logprobs"], old["advantages"], args.clip_range)
+            loss = loss + masked_sum(losses, mask) / tokens
+            if kl_loss_coef:
+                loss = loss + kl_loss_coef * masked_sum(k2(logprobs, old["ref_logprobs"]), mask) / tokens
+            log_ratio = torch.where(mask, logprobs.detach() - old["logprobs"], 0.0)
+            shares["ratio_max_log"] = log_ratio.abs().max().double()
+            parts |= {"policy_loss": losses, "clip_fraction": clipped, "entropy": found["entropy"]}
+            parts |= {"ratio": log_ratio.exp(), "update_kl": k3(old["logprobs"] + log_ratio, old["logprobs"])}
+        if "values" in found:
+            value_loss, value_clipped = value_losses(
+                found["values"], old["values"], old["returns"], args.value_clip_range
+            )
+            loss = loss + args.vf_coef * masked_sum(value_loss, old["value_mask"]) / value_tokens
+            parts |= {"value_loss": value_loss, "value_clip_fraction": value_clipped}
+        loss.backward()
+        for name, part in parts.items():
+            counted, count = (old["value_mask"], value_tokens) if name in VALUE_FIGURES else (mask, tokens)
+            shares[name] = masked_sum(part.detach().double(), counted) / count
+        return dict(zip(shares, torch.stack(list(shares.values())).tolist(), strict=True))  # one copy from the device
 
     def ptx_backward(self, prompts: int) -> float:
         """Gradients of ptx_coef × the mean negative log-likelihood of pretraining tokens (A33, I22), added to PPO's.

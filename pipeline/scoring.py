@@ -18,6 +18,7 @@ from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
 from pipeline.hashing import sha256_file
 from pipeline.models.loading import load_tokenizer, require_pad, set_pad
+from pipeline.models.packed import prepare
 from pipeline.models.scalar_head import load_scalar_model, refuse_other_heads, score_ids
 
 import torch
@@ -157,6 +158,8 @@ def _model_part(
     model: Any = load_scalar_model(parent.path) if loaded is None else loaded
     model.to(device).eval().requires_grad_(False)
     set_pad(model, tokenizer.pad_token_id)  # an external model's own may differ
+    if loaded is None and hasattr(model, "score"):  # a decoder; an encoder needs its padding
+        prepare(model)
     same_tokenizer = tokenizer_hashes(tokenizer) == tokenizer_hashes(encoder.tokenizer)
     own = ChatEncoder(tokenizer)
     stops = {encoder.eos_id}

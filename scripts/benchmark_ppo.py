@@ -59,10 +59,8 @@ def child(args: argparse.Namespace) -> None:
     from pipeline.metrics import history
     from pipeline.stage import launch
 
-    importlib.import_module(
-        "trl.trainer"
-    )  # the stage itself imports it late; both sides' memory counts from their imports
-
+    for late in ("datasets", "trl.trainer.utils"):  # the stage imports them when it needs them, the peer at its start
+        importlib.import_module(late)
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     recipe = Path(args.child) / f"ppo-{os.environ.get('RANK', 0)}.yaml"
     data = [{"path": str(Path(args.prompts).resolve())}]

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 LOGITS_BYTES = 256 * 2**20  # of fp32 logits alive at once
+# A CPU does a few rows after the other, so that each step over logits finds them in its cache: of this many logits, but
+# not fewer rows than keep its matrix units busy.
+CACHED_LOGITS, FEWEST_ROWS = 2**18, 128
 
 
 def tempered_logits(logits: Tensor, temperature: float, forbidden: Tensor | None) -> Tensor:
@@ -24,21 +27,24 @@ def tempered_logits(logits: Tensor, temperature: float, forbidden: Tensor | None
     return logits
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def token_logprobs(logits: Tensor, tokens: Tensor, with_entropy: bool = True) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each token, and the entropy of each distribution.
 
     Args:
         logits: (n, vocab) fp32, finite.
         tokens: (n,) int64.
+        with_entropy: it costs as much again.
 
     Returns:
         logprobs: (n,), nats; with gradient.
-        entropy: (n,), nats; detached.
+        entropy: (n,), nats, detached; or None.
     """
     log_p = torch.log_softmax(logits, dim=-1)
+    logprobs = log_p.gather(-1, tokens[:, None])[:, 0]
+    if not with_entropy:
+        return logprobs, None
     with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)
-    return log_p.gather(-1, tokens[:, None])[:, 0], entropy
+        return logprobs, -(log_p.exp() * log_p).sum(-1)
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:

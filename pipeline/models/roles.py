@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.algorithms.logprobs import LOGITS_BYTES, tempered_logits, token_logprobs
+from pipeline.algorithms.logprobs import CACHED_LOGITS, FEWEST_ROWS, LOGITS_BYTES, tempered_logits, token_logprobs
 from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
 from pipeline.models.adapters import lora_config, read_adapter
@@ -41,8 +41,8 @@ class PolicyModel(nn.Module):
         self.temperature = temperature
         self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.long), persistent=False)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of response tokens.
+    def forward(self, batch: Batch, with_entropy: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Log-probability and, if asked for, entropy of response tokens.
 
         Args:
             batch: of `packed.lay_out`, and
@@ -53,20 +53,20 @@ class PolicyModel(nn.Module):
         Returns:
             logprobs, entropy: (rows, n) fp32, 0 where masked; logprobs carry the gradient.
         """
-        return self.read(self.hidden(batch), batch)
+        return self.read(self.hidden(batch), batch, with_entropy)
 
     def hidden(self, batch: Batch) -> Tensor:
         """(tokens, width) last hidden states."""
         return hidden_states(self.model.base_model, batch)
 
-    def read(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def read(self, hidden: Tensor, batch: Batch, with_entropy: bool = True) -> tuple[Tensor, Tensor | None]:
         """As `forward`, from hidden states."""
         mask = batch["mask"]
         found, spread = self._chunked(
-            hidden[batch["positions"][mask]], batch["tokens"][mask], self.temperature, self.forbidden
+            hidden[batch["positions"][mask]], batch["tokens"][mask], self.temperature, self.forbidden, with_entropy
         )
         zeros = torch.zeros(mask.shape, dtype=torch.float32, device=hidden.device)
-        return zeros.masked_scatter(mask, found), zeros.masked_scatter(mask, spread)
+        return zeros.masked_scatter(mask, found), None if spread is None else zeros.masked_scatter(mask, spread)
 
     def text_nll(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
         """Summed negative log-likelihood of packed text, all of the model's ids, no temperature.
@@ -81,27 +81,30 @@ class PolicyModel(nn.Module):
         hidden = states[:, :-1]
         targets = labels[:, 1:]
         counted = targets != IGNORE
-        found, _ = self._chunked(hidden[counted], targets[counted], 1.0, None)
+        found, _ = self._chunked(hidden[counted], targets[counted], 1.0, None, with_entropy=False)
         return -found.sum()
 
     def _chunked(
-        self, hidden: Tensor, tokens: Tensor, temperature: float, forbidden: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, hidden: Tensor, tokens: Tensor, temperature: float, forbidden: Tensor | None, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probability and entropy of `tokens` after hidden states (n, width), a bounded number of logits at a time."""
-        chunk = max(1, LOGITS_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
-        n = len(tokens)
-        if hidden.device.type == "cpu":  # few shapes: oneDNN makes kernels for each (see `data.batching.Cut`)
-            spare = -n % 64
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        n, alive = len(tokens), max(1, LOGITS_BYTES // (4 * vocabulary))
+        recompute = n > alive and torch.is_grad_enabled()
+        chunk = alive
+        if hidden.device.type == "cpu":
+            spare = -n % 64  # few shapes: oneDNN makes kernels for each
             hidden, tokens = nn.functional.pad(hidden, (0, 0, 0, spare)), nn.functional.pad(tokens, (0, spare))
-        pieces = list(zip(hidden.split(chunk), tokens.split(chunk), strict=True))
-        recompute = len(pieces) > 1 and torch.is_grad_enabled()
+            chunk = min(alive, max(FEWEST_ROWS, CACHED_LOGITS // vocabulary))
 
-        def run(states: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        def run(states: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
             logits = self.model.get_output_embeddings()(states)
-            return token_logprobs(tempered_logits(logits, temperature, forbidden), chosen)
+            return token_logprobs(tempered_logits(logits, temperature, forbidden), chosen, with_entropy)
 
+        pieces = zip(hidden.split(chunk), tokens.split(chunk), strict=True)
         parts = [checkpoint(run, h, t, use_reentrant=False) if recompute else run(h, t) for h, t in pieces]
-        return torch.cat([lp for lp, _ in parts])[:n], torch.cat([e for _, e in parts])[:n]
+        entropies = [entropy for _, entropy in parts if entropy is not None]
+        return torch.cat([logprobs for logprobs, _ in parts])[:n], torch.cat(entropies)[:n] if with_entropy else None
 
     @torch.no_grad()
     def refuse_transformed_logits(self) -> None:
@@ -197,7 +200,7 @@ class SeparateRoles(Roles):
     @torch.no_grad()
     def measure(self, batch: Batch, with_values: bool) -> Batch:
         with self.autocast():
-            found = {"logprobs": self.policy(batch)[0], "ref_logprobs": self.reference(batch)[0]}
+            found = {"logprobs": self.policy(batch, False)[0], "ref_logprobs": self.reference(batch, False)[0]}
             if with_values:
                 found["values"] = self.value(batch)
         return found
@@ -240,7 +243,7 @@ class SharedTrunkRoles(Roles):
         with self.autocast(), torch.set_grad_enabled(train_policy):
             hidden = self.policy.hidden(batch)
         with self.autocast():
-            found = {"values": self._values(hidden, batch["positions"])}
+            found: Batch = {"values": self._values(hidden, batch["positions"])}
             if train_policy:
                 found["logprobs"], found["entropy"] = self.policy.read(hidden, batch)
         yield found
@@ -253,8 +256,8 @@ class SharedTrunkRoles(Roles):
         with self.autocast():
             hidden = self.policy.hidden(batch)
             found = {
-                "logprobs": self.policy.read(hidden, batch)[0],
-                "ref_logprobs": self.reference(batch)[0],
+                "logprobs": self.policy.read(hidden, batch, False)[0],
+                "ref_logprobs": self.reference(batch, False)[0],
             }
             if with_values:
                 found["values"] = self._values(hidden, batch["positions"])
@@ -380,9 +383,9 @@ class AdapterRoles(Roles):
         found = {}
         with self.autocast():
             with self.active("default"):
-                found["logprobs"] = self.policy(batch)[0]
+                found["logprobs"] = self.policy(batch, False)[0]
             with self.active(None):
-                found["ref_logprobs"] = self.policy(batch)[0]
+                found["ref_logprobs"] = self.policy(batch, False)[0]
             if with_values:
                 with self.active("value"):
                     found["values"] = self._values(batch)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pipeline.data.batching import microbatches
 from pipeline.data.collators import right_pad
 from pipeline.errors import UserError
 from pipeline.models.loading import _load
-from pipeline.models.packed import Batch, hidden_states
+from pipeline.models.packed import Batch, hidden_states, is_prepared, lay_out
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -79,29 +81,29 @@ def set_offset(model: nn.Module, offset: float) -> None:
 
 @torch.no_grad()
 def score_ids(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int, tokens_per_batch: int = 16384) -> Tensor:
-    """Centred scores of token rows, read at each row's last token.
+    """Centred scores of token rows, read at each row's last token; rows lie end to end if the model is prepared for that
+    (see `packed.prepare`).
 
     Args:
         rows: token ids, prompt and response, EOS last where the response stopped.
-        tokens_per_batch: padded tokens of one forward pass.
+        tokens_per_batch: tokens of one forward pass.
 
     Returns:
         (rows,) fp32 on the CPU.
     """
     scores = torch.empty(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     device = next(model.parameters()).device
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and len(rows[order[end]]) * (end + 1 - start) <= tokens_per_batch:
-            end += 1
-        picked = order[start:end]
-        input_ids = right_pad([rows[i] for i in picked], pad_id).to(device)
-        lengths = torch.tensor([len(rows[i]) for i in picked], device=device)
-        mask = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
-        scores[picked] = forward_scores(model, input_ids, mask).float().cpu() - score_offset(model)
-        start = end
+    lengths = [len(row) for row in rows]
+    for picked in microbatches(lengths, range(len(rows)), tokens_per_batch):
+        ends = torch.tensor([lengths[i] for i in picked], device=device)
+        if is_prepared(model):
+            batch = send_to_device(lay_out([rows[i] for i in picked], pad_id, packed=True), device)
+            hidden = hidden_states(getattr(model, str(model.base_model_prefix)), batch)
+            found = scalar_head(model)(hidden[batch["starts"] + ends - 1])[:, 0]
+        else:
+            input_ids = right_pad([rows[i] for i in picked], pad_id).to(device)
+            found = forward_scores(model, input_ids, torch.arange(input_ids.shape[1], device=device) < ends[:, None])
+        scores[picked] = found.float().cpu() - score_offset(model)
     return scores
 
 

@@ -107,13 +107,16 @@ def reference_logprobs(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("chunks", ["one", "kept", "recomputed"])
 def test_response_only_logprobs(
-    tiny_lm: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunked: bool, packed: bool
+    tiny_lm: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, chunks: str, packed: bool
 ) -> None:
     """Log-probabilities of the response alone equal those of the whole sequence's logits, with their gradients."""
-    if chunked:
+    if chunks == "recomputed":
         monkeypatch.setattr(roles, "LOGITS_BYTES", 4 * len(tokenizer) * 2)
+    if chunks == "kept":
+        monkeypatch.setattr(roles, "FEWEST_ROWS", 3)
+        monkeypatch.setattr(roles, "CACHED_LOGITS", 3 * len(tokenizer))
     model = copy.deepcopy(tiny_lm)
     forbidden = forbidden_ids(tokenizer, len(tokenizer))
     responses = [[20, 21], [22, 23, 24, 25], [26]]
@@ -124,7 +127,12 @@ def test_response_only_logprobs(
     batch = lay_out([p + r for p, r in zip(PROMPTS, responses, strict=True)], 1, packed)
     batch["positions"] = batch["starts"][:, None] + starts - 1
     batch["positions"] = batch["positions"] + torch.minimum(torch.arange(4)[None], mask.sum(1, keepdim=True) - 1)
-    logprobs, entropy = policy({**batch, "tokens": right_pad(responses, 0), "mask": mask})
+    batch |= {"tokens": right_pad(responses, 0), "mask": mask}
+    logprobs, entropy = policy(batch)
+    alone, none = policy(batch, with_entropy=False)
+    assert torch.equal(alone, logprobs)
+    assert none is None
+    assert entropy is not None
     for row, (prompt, response) in enumerate(zip(PROMPTS, responses, strict=True)):
         expected = reference_logprobs(model, prompt, response, 0.7, forbidden)
         torch.testing.assert_close(logprobs[row, : len(response)], expected, atol=1e-5, rtol=1e-5)
