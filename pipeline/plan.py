@@ -352,7 +352,10 @@ def _ppo_memory(
 ) -> tuple[dict[str, float], int]:
     """(bytes by part, largest micro_batch_tokens that fits)."""
     n, v = model.size.total, value.size.total
-    separate_reward = 4.0 * reward.size.total if reward else 0.0
+
+    def frozen(held: Model) -> float:  # `loading.hold_in_bf16`
+        return 4.0 * held.size.total - (2.0 * held.size.linear if setting.device.bf16 else 0.0)
+
     parts: dict[str, float] = {}
     if recipe.roles == "adapters":
         adapters = 2.0 * lora_parameters(model.config, recipe.lora.r, recipe.lora.target_modules)
@@ -362,12 +365,12 @@ def _ppo_memory(
         trained, parts["policy and value adapters"] = adapters, 4.0 * adapters
     elif recipe.roles == "shared_trunk":
         trained = float(n)
-        parts |= {"policy and value": 4.0 * n, "reference": 4.0 * n}
+        parts |= {"policy and value": 4.0 * n, "reference": frozen(model)}
     else:
         trained = float(n + v)
-        parts |= {"policy": 4.0 * n, "reference": 4.0 * n, "value": 4.0 * v}
-    if separate_reward:
-        parts["reward model"] = separate_reward
+        parts |= {"policy": 4.0 * n, "reference": frozen(model), "value": 4.0 * v}
+    if reward:
+        parts["reward model"] = frozen(reward)
     if recipe.ema_decay:
         parts["average of the policy"] = 4.0 * n
     parts |= {"gradients": 4.0 * trained, "optimizer": 8.0 * trained}

@@ -39,6 +39,7 @@ from pipeline.errors import UserError, shorten
 from pipeline.metrics import history
 from pipeline.models.adapters import read_adapter
 from pipeline.models.loading import (
+    hold_in_bf16,
     load_causal_lm,
     load_tokenizer,
     refuse_beyond_context,
@@ -138,7 +139,8 @@ def main(run: Run[PPOArguments]) -> None:
     set_seed(args.seed)
     roles = build_roles(args, parent, reward_parents, encoder, accelerator.device)
     loaded = {roles.reward_path: roles.reward} if isinstance(roles, AdapterRoles) and roles.reward else {}
-    scorer = build_scorer(args.reward, encoder, accelerator.device, loaded, args.ensemble, args.ensemble_penalty)
+    bf16 = resolve_precision(args.precision)
+    scorer = build_scorer(args.reward, encoder, accelerator.device, loaded, args.ensemble, args.ensemble_penalty, bf16)
     loop = Loop(run, accelerator, roles, encoder, scorer, judges, blocks, state)
     if checkpoint:
         loop.load(checkpoint)
@@ -323,6 +325,8 @@ def build_roles(
         value = load_value(args, parent, rewards, encoder)
         roles = SeparateRoles(policy, load_causal_lm(parent.path), value, wrap, autocast)
         roles.value.to(device)
+    if bf16 and device.type != "cpu" and isinstance(roles, SeparateRoles | SharedTrunkRoles):
+        hold_in_bf16(roles.reference)  # a CPU samples in fp32
     prepared = [prepare(model) for model in roles.networks()]
     roles.packed = all(prepared)
     if not roles.packed:

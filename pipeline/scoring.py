@@ -17,7 +17,7 @@ from pipeline.checkpoints import Parent, tokenizer_hashes, verify_parent
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
 from pipeline.hashing import sha256_file
-from pipeline.models.loading import load_tokenizer, require_pad, set_pad
+from pipeline.models.loading import hold_in_bf16, load_tokenizer, require_pad, set_pad
 from pipeline.models.packed import prepare
 from pipeline.models.scalar_head import load_scalar_model, refuse_other_heads, score_ids
 
@@ -127,8 +127,14 @@ def build_scorer(
     loaded: Mapping[str, Any] | None = None,
     ensemble: str = "sum",
     penalty: float = 1.0,
+    autocast: bool = False,
 ) -> Scorer:
-    """Load and verify every reward model and function of a recipe; `loaded`: models that are there already, by path."""
+    """Load and verify every reward model and function of a recipe.
+
+    Args:
+        loaded: models that are there already, by path.
+        autocast: it will be called under bf16 autocast alone (see `loading.hold_in_bf16`).
+    """
     named = [source.model or source.function for source in sources]
     for name in named:
         if named.count(name) > 1:
@@ -138,9 +144,8 @@ def build_scorer(
     for source in sources:
         if source.model is not None:
             label = "reward_model" if len(models) == 1 else source.model
-            parts.append(
-                _model_part(source.model, label, source.weight, encoder, device, (loaded or {}).get(source.model))
-            )
+            model = (loaded or {}).get(source.model)
+            parts.append(_model_part(source.model, label, source.weight, encoder, device, model, autocast))
         else:
             assert source.function is not None
             parts.append(_function_part(source.function, source.weight))
@@ -148,7 +153,13 @@ def build_scorer(
 
 
 def _model_part(
-    path: str, label: str, weight: float, encoder: ChatEncoder, device: torch.device, loaded: Any = None
+    path: str,
+    label: str,
+    weight: float,
+    encoder: ChatEncoder,
+    device: torch.device,
+    loaded: Any = None,
+    autocast: bool = False,
 ) -> Part:
     parent = verify_parent(path, ("reward",))
     refuse_other_heads(parent.path)
@@ -160,6 +171,8 @@ def _model_part(
     set_pad(model, tokenizer.pad_token_id)  # an external model's own may differ
     if loaded is None and hasattr(model, "score"):  # a decoder; an encoder needs its padding
         prepare(model)
+    if loaded is None and autocast:
+        hold_in_bf16(model)
     same_tokenizer = tokenizer_hashes(tokenizer) == tokenizer_hashes(encoder.tokenizer)
     own = ChatEncoder(tokenizer)
     stops = {encoder.eos_id}

@@ -166,17 +166,29 @@ def resolve_precision(precision: str) -> bool:
     return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) is not None
 
 
+def hold_in_bf16(model: torch.nn.Module) -> None:
+    """Weights of a frozen model's linear layers in bf16: half the memory. For use under bf16 autocast alone, which casts
+    them at each pass, so the results are the same to the bit. A head tied to the embedding stays as it is."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in model.modules():
+        if _is_linear(module) and id(module.weight) not in tables:
+            module.to(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dtype != torch.bfloat16:  # a view of the file's mapping, which would keep all of it in memory
+            parameter.data = parameter.data.clone()
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | Conv1D) or "Linear" in type(module).__name__
+
+
 def linear_module_names(
     model: PreTrainedModel, leave_out: Iterable[str] = ("lm_head", "score", "classifier", "embed_out")
 ) -> list[str]:
     """Last name parts of a model's linear layers, without its heads: LoRA's default targets."""
-    from transformers.pytorch_utils import Conv1D
-
-    names = {
-        name.split(".")[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) or "Linear" in type(module).__name__
-    }
+    names = {name.split(".")[-1] for name, module in model.named_modules() if _is_linear(module)}
     return sorted(names - set(leave_out))
 
 

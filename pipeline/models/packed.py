@@ -8,6 +8,7 @@ padded rows, and the outputs end to end again. It works for every architecture t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -203,24 +204,20 @@ def _attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """Causal attention of rows padded on the right, which therefore need no other mask: (rows, heads, length, size)."""
-    groups = q.shape[1] // k.shape[1]
-    unfused = v.device.type == "cpu" and v.dtype == torch.bfloat16
-    if window is None and not unfused:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1)
-    length = q.shape[2]
-    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    grouped = q.shape[1] > k.shape[1]
+    seen = None
     if window is not None:
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
         seen &= ~torch.ones_like(seen).tril(-window)
-    if not unfused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=groups > 1)
-    # torch's fused backward is several times slower in bf16 on a CPU at PPO's lengths
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    bias = torch.zeros(seen.shape, dtype=scores.dtype, device=q.device).masked_fill(
-        ~seen, torch.finfo(scores.dtype).min
-    )
-    return torch.softmax(scores + bias, -1, dtype=torch.float32).to(v.dtype) @ v
+    dtype = v.dtype
+    # On a CPU torch's backward pass of bf16 attention is several times slower than that of fp32.
+    upcast = q.device.type == "cpu" and dtype == torch.bfloat16
+    with torch.autocast(q.device.type, enabled=False) if upcast else contextlib.nullcontext():
+        q, k, v = (x.float() for x in (q, k, v)) if upcast else (q, k, v)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=grouped
+        )
+    return out.to(dtype)
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:

@@ -15,6 +15,7 @@ from pipeline.models import roles
 from pipeline.models.loading import (
     assign_pad,
     disable_dropout,
+    hold_in_bf16,
     linear_module_names,
     load_causal_lm,
     new_causal_lm,
@@ -71,6 +72,24 @@ def test_scores_are_read_at_the_last_token_whatever_the_batch(scalar: Any, token
     with torch.no_grad():
         plain = scalar(input_ids=torch.tensor([PROMPTS[2]])).logits[0, 0]
     torch.testing.assert_close(together[2], plain, atol=1e-5, rtol=1e-5)
+    assert prepare(scalar)
+    packed = score_ids(scalar, PROMPTS, tokenizer.pad_token_id)
+    torch.testing.assert_close(packed, together, atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_model_held_in_bf16_scores_the_same_under_autocast(scalar: Any, tiny_lm: Any, tokenizer: Any) -> None:
+    init_head(scalar, 1.0, 0)
+    held = copy.deepcopy(scalar)
+    hold_in_bf16(held)
+    assert {p.dtype for name, p in held.named_parameters() if "proj" in name} == {torch.bfloat16}
+    assert held.get_input_embeddings().weight.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (score_ids(model, PROMPTS, tokenizer.pad_token_id) for model in (scalar, held))
+    assert torch.equal(expected, found)
+    causal = copy.deepcopy(tiny_lm)
+    tied = causal.lm_head.weight is causal.get_input_embeddings().weight
+    hold_in_bf16(causal)
+    assert (causal.lm_head.weight.dtype == torch.float32) == tied, "the embedding would lose its precision"
 
 
 def test_score_and_value_subtract_the_same_offset(scalar: Any, tokenizer: Any) -> None:
