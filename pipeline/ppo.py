@@ -15,10 +15,8 @@ import json
 import logging
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,7 +47,7 @@ from pipeline.models.loading import (
     resolve_precision,
 )
 from pipeline.models.packed import WORTH, Batch, lay_out, prepare
-from pipeline.models.roles import AdapterRoles, Pass, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
+from pipeline.models.roles import AdapterRoles, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
 from pipeline.models.scalar_head import load_scalar_model
 from pipeline.rollout import (
     LocalEngine,
@@ -83,7 +81,6 @@ logger = logging.getLogger("pipeline.ppo")  # __name__ is __main__ under acceler
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 EVALUATION = 2**31  # seeds of evaluation samples lie apart from those of training
 BEST = "best.pt"
-SMALL = 4_000_000  # parameters outside embeddings; at 1 M a step is a sixth faster
 BUCKET = 2**23  # gradients in one exchange between processes
 POLICY_FIGURES = ("policy_loss", "clip_fraction", "entropy", "ratio", "update_kl")
 VALUE_FIGURES = ("value_loss", "value_clip_fraction")
@@ -403,7 +400,6 @@ class Loop:
         }
         self.ema = [p.detach().clone() for p in roles.trained["policy"]] if args.ema_decay is not None else None
         self.reference_answers: dict[int, list[dict[str, Any]]] = {}
-        self.map = side_by_side(roles, accelerator.device)
 
     # ------------------------------------------------------------------------------------------ rollout
 
@@ -597,8 +593,8 @@ class Loop:
                 name: getattr(rollout, name)[group, :width].to(mask.device)
                 for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns", "value_mask")
             }
-            learn = partial(self.learn, old, mask, tokens, value_tokens, kl_loss_coef)
-            for shares in self.map(learn, self.roles.passes(batch, train_policy)):
+            for found in self.roles.passes(batch, train_policy):
+                shares = self.learn(found, old, mask, tokens, value_tokens, kl_loss_coef)
                 largest = max(largest, shares.pop("ratio_max_log", 0.0))
                 sums |= {name: sums.get(name, 0.0) + share for name, share in shares.items()}
         names = (*(POLICY_FIGURES if train_policy else ()), *VALUE_FIGURES)
@@ -610,36 +606,35 @@ class Loop:
         return {**figures, "ratio_max_log": largest} if train_policy else figures
 
     def learn(
-        self, old: Batch, mask: Tensor, tokens: int, value_tokens: int, kl_loss_coef: float, forward: Pass
+        self, found: Batch, old: Batch, mask: Tensor, tokens: int, value_tokens: int, kl_loss_coef: float
     ) -> dict[str, float]:
         """Gradients of one pass over a micro-batch; returns its share of the minibatch's figures.
 
         Args:
-            old: what the rollout has, (rows, width) each; mask: (rows, width) bool.
+            found: what the pass gave; old: what the rollout has; (rows, width) each, as is mask, bool.
             tokens, value_tokens: of the minibatch, in all processes.
         """
         args = self.args
+        loss = torch.zeros((), device=mask.device)
         parts: dict[str, Tensor] = {}
         shares: dict[str, Tensor] = {}
-        with forward() as found:
-            loss = torch.zeros((), device=mask.device)
-            if "logprobs" in found:
-                logprobs = found["logprobs"]
-                losses, clipped = policy_losses(logprobs, old["logprobs"], old["advantages"], args.clip_range)
-                loss = loss + masked_sum(losses, mask) / tokens
-                if kl_loss_coef:
-                    loss = loss + kl_loss_coef * masked_sum(k2(logprobs, old["ref_logprobs"]), mask) / tokens
-                log_ratio = torch.where(mask, logprobs.detach() - old["logprobs"], 0.0)
-                shares["ratio_max_log"] = log_ratio.abs().max().double()
-                parts |= {"policy_loss": losses, "clip_fraction": clipped, "entropy": found["entropy"]}
-                parts |= {"ratio": log_ratio.exp(), "update_kl": k3(old["logprobs"] + log_ratio, old["logprobs"])}
-            if "values" in found:
-                value_loss, value_clipped = value_losses(
-                    found["values"], old["values"], old["returns"], args.value_clip_range
-                )
-                loss = loss + args.vf_coef * masked_sum(value_loss, old["value_mask"]) / value_tokens
-                parts |= {"value_loss": value_loss, "value_clip_fraction": value_clipped}
-            loss.backward()
+        if "logprobs" in found:
+            logprobs = found["logprobs"]
+            losses, clipped = policy_losses(logprobs, old["logprobs"], old["advantages"], args.clip_range)
+            loss = loss + masked_sum(losses, mask) / tokens
+            if kl_loss_coef:
+                loss = loss + kl_loss_coef * masked_sum(k2(logprobs, old["ref_logprobs"]), mask) / tokens
+            log_ratio = torch.where(mask, logprobs.detach() - old["logprobs"], 0.0)
+            shares["ratio_max_log"] = log_ratio.abs().max().double()
+            parts |= {"policy_loss": losses, "clip_fraction": clipped, "entropy": found["entropy"]}
+            parts |= {"ratio": log_ratio.exp(), "update_kl": k3(old["logprobs"] + log_ratio, old["logprobs"])}
+        if "values" in found:
+            value_loss, value_clipped = value_losses(
+                found["values"], old["values"], old["returns"], args.value_clip_range
+            )
+            loss = loss + args.vf_coef * masked_sum(value_loss, old["value_mask"]) / value_tokens
+            parts |= {"value_loss": value_loss, "value_clip_fraction": value_clipped}
+        loss.backward()
         for name, part in parts.items():
             counted, count = (old["value_mask"], value_tokens) if name in VALUE_FIGURES else (mask, tokens)
             shares[name] = masked_sum(part.detach().double(), counted) / count
@@ -871,25 +866,6 @@ class Loop:
                     parameter.copy_(weights)
             self.encoder.tokenizer.save_pretrained(folder / "ema")
             model.generation_config.save_pretrained(folder / "ema")
-
-
-def side_by_side(roles: Roles, device: torch.device) -> Any:
-    """A `map` for passes. On a CPU it runs those of small networks at the same time, with half of the threads each: else
-    the threads wait for each other at every operation. Each pass has a graph of its own, so what runs beside it changes
-    no number."""
-    threads = torch.get_num_threads()
-    if not roles.apart or device.type != "cpu" or threads < 2 or max(roles.parameters.values()) > SMALL:
-        return map
-
-    def start() -> None:
-        torch.get_num_threads()  # the first call sets the thread's number, which must not happen after ours
-        torch.set_num_threads(threads // 2)
-
-    pool, both = ThreadPoolExecutor(2, initializer=start), threading.Barrier(2)
-    for started in [pool.submit(both.wait) for _ in range(2)]:
-        started.result()
-    torch.set_num_threads(threads)  # the workers' calls changed what other threads would get
-    return pool.map
 
 
 def _token_id(encoder: ChatEncoder, token: str) -> int:

@@ -6,8 +6,7 @@ A role answers for response tokens only; there are no logits elsewhere.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,18 +122,13 @@ class PolicyModel(nn.Module):
             )
 
 
-Pass = Callable[[], contextlib.AbstractContextManager[Batch]]
-
-
 class Roles:
     """What every arrangement of roles offers to PPO's loop.
 
     policy: trained, and what samples. trained: each optimizer's parameters, "policy" and "value".
     parameters: each network's parameters outside embeddings, for FLOPs. packed: rows lie end to end (see `packed`).
-    apart: passes share nothing, so they may run at the same time.
     """
 
-    apart = False
     packed = False
     policy: PolicyModel
     trained: dict[str, list[nn.Parameter]]
@@ -143,8 +137,8 @@ class Roles:
     def __init__(self, autocast: Callable[[], Any]):
         self.autocast = autocast
 
-    def passes(self, batch: Batch, train_policy: bool = True) -> Sequence[Pass]:
-        """Forward passes with gradients, each to be entered, backwarded and left before the next: between them they give
+    def passes(self, batch: Batch, train_policy: bool = True) -> Iterator[Batch]:
+        """Forward passes with gradients, each to be backwarded before the next is asked for: between them they give
         `logprobs`, `entropy` (unless the policy rests) and `values`, all (rows, width)."""
         raise NotImplementedError
 
@@ -183,8 +177,6 @@ def _size(model: Any) -> int:
 class SeparateRoles(Roles):
     """Policy, reference and value as three networks (S20, I22)."""
 
-    apart = True
-
     def __init__(
         self, policy: Any, reference: Any, value: Any, wrap: Callable[[Any], PolicyModel], autocast: Callable[[], Any]
     ):
@@ -196,17 +188,11 @@ class SeparateRoles(Roles):
         self.trained = {"policy": list(self.policy.parameters()), "value": list(self.value.parameters())}
         self.parameters = {"policy": _size(policy), "reference": _size(reference), "value": _size(value)}
 
-    def passes(self, batch: Batch, train_policy: bool = True) -> Sequence[Pass]:
-        return [partial(self._policy_pass, batch), partial(self._value_pass, batch)][not train_policy :]
-
-    @contextlib.contextmanager
-    def _policy_pass(self, batch: Batch) -> Iterator[Batch]:
-        with self.autocast():
-            logprobs, entropy = self.policy(batch)
-        yield {"logprobs": logprobs, "entropy": entropy}
-
-    @contextlib.contextmanager
-    def _value_pass(self, batch: Batch) -> Iterator[Batch]:
+    def passes(self, batch: Batch, train_policy: bool = True) -> Iterator[Batch]:
+        if train_policy:
+            with self.autocast():
+                logprobs, entropy = self.policy(batch)
+            yield {"logprobs": logprobs, "entropy": entropy}
         with self.autocast():
             values = self.value(batch)
         yield {"values": values}
@@ -253,11 +239,7 @@ class SharedTrunkRoles(Roles):
         self.trained = {"policy": list(self.policy.parameters()), "value": list(self.head.parameters())}
         self.parameters = {"policy": _size(policy), "reference": _size(reference), "value": 0}
 
-    def passes(self, batch: Batch, train_policy: bool = True) -> Sequence[Pass]:
-        return [partial(self._pass, batch, train_policy)]
-
-    @contextlib.contextmanager
-    def _pass(self, batch: Batch, train_policy: bool) -> Iterator[Batch]:
+    def passes(self, batch: Batch, train_policy: bool = True) -> Iterator[Batch]:
         with self.autocast(), torch.set_grad_enabled(train_policy):
             hidden = self.policy.hidden(batch)
         with self.autocast():
@@ -385,18 +367,12 @@ class AdapterRoles(Roles):
         hidden = self.policy.hidden(batch)
         return self.head(hidden[batch["positions"]])[..., 0].float() - self.offset
 
-    def passes(self, batch: Batch, train_policy: bool = True) -> Sequence[Pass]:
-        return [partial(self._policy_pass, batch), partial(self._value_pass, batch)][not train_policy :]
-
-    @contextlib.contextmanager
-    def _policy_pass(self, batch: Batch) -> Iterator[Batch]:
-        with self.active("default"):
-            with self.autocast():
-                logprobs, entropy = self.policy(batch)
-            yield {"logprobs": logprobs, "entropy": entropy}
-
-    @contextlib.contextmanager
-    def _value_pass(self, batch: Batch) -> Iterator[Batch]:
+    def passes(self, batch: Batch, train_policy: bool = True) -> Iterator[Batch]:
+        if train_policy:
+            with self.active("default"):
+                with self.autocast():
+                    logprobs, entropy = self.policy(batch)
+                yield {"logprobs": logprobs, "entropy": entropy}
         with self.active("value"):
             with self.autocast():
                 values = self._values(batch)

@@ -3,15 +3,13 @@ and gradients, on the same rollouts, for every option that shapes them."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 from pipeline.arguments import DatasetEntry, PPOArguments, RewardSource
-from pipeline.models.roles import Batch, Pass, Roles
+from pipeline.models.roles import Batch, Roles
 from pipeline.ppo import Loop, State
 from pipeline.rollout import rollout_figures
 
@@ -39,24 +37,14 @@ class TableRoles(Roles):
         self.values = torch.nn.Parameter(torch.tensor(values))
         self.trained = {"policy": [self.logprobs], "value": [self.values]}
         self.parameters = {"policy": 1, "value": 1}
-        self.ran_in: set[int] = set()
         self.policy: Any = SimpleNamespace(forbidden=torch.tensor([], dtype=torch.long))
 
-    def passes(self, batch: Batch, train_policy: bool = True) -> Sequence[Pass]:
+    def passes(self, batch: Batch, train_policy: bool = True) -> Iterator[Batch]:
         rows, width = batch["input_ids"][:, 0], batch["mask"].shape[1]  # a row's prompt is its number
-
-        @contextlib.contextmanager
-        def policy() -> Iterator[Batch]:
-            self.ran_in.add(threading.get_ident())
+        if train_policy:
             picked = self.logprobs[rows, :width]
             yield {"logprobs": picked, "entropy": torch.zeros_like(picked)}
-
-        @contextlib.contextmanager
-        def value() -> Iterator[Batch]:
-            self.ran_in.add(threading.get_ident())
-            yield {"values": self.values[rows, :width]}
-
-        return [policy, value][not train_policy :]
+        yield {"values": self.values[rows, :width]}
 
 
 def arguments(**changes: Any) -> PPOArguments:
@@ -238,27 +226,6 @@ def test_d11_uneven_micro_batches_give_the_same_gradient() -> None:
     for policy, value in found[1:]:
         torch.testing.assert_close(policy, found[0][0], rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(value, found[0][1], rtol=1e-12, atol=1e-14)
-
-
-def test_passes_side_by_side_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks that share nothing run at the same time on a CPU with several threads."""
-    found = []
-    before = torch.get_num_threads()
-    for threads in (1, 4):
-        torch.set_num_threads(threads)
-        try:
-            data = world(3, width=6)
-            monkeypatch.setattr(TableRoles, "apart", True)
-            loop = loop_of(arguments(micro_batch_tokens=12), data)
-            assert torch.get_num_threads() == threads
-            rollout = loop.assemble([{"ids": [i]} for i in range(ROWS)], answers(loop.args, data))
-            figures = loop.backward(rollout, list(range(ROWS)))
-        finally:
-            torch.set_num_threads(before)
-        roles: Any = loop.roles
-        assert (threading.get_ident() in roles.ran_in) == (threads == 1)
-        found.append((figures, roles.logprobs.grad.tolist(), roles.values.grad.tolist()))
-    assert found[0] == found[1]
 
 
 def test_a24_garbage_after_the_end_changes_nothing() -> None:
