@@ -46,7 +46,7 @@ from pipeline.models.loading import (
     require_pad,
     resolve_precision,
 )
-from pipeline.models.packed import WORTH, Batch, lay_out, prepare
+from pipeline.models.packed import Batch, lay_out, prepare, worth_on
 from pipeline.models.roles import AdapterRoles, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
 from pipeline.models.scalar_head import load_scalar_model
 from pipeline.rollout import (
@@ -707,8 +707,7 @@ class Loop:
         tokens = right_pad(response_ids, 0)
         rows = [p + r for p, r in zip(prompt_ids, response_ids, strict=True)]
         device = self.accelerator.device
-        worth = WORTH.get(device.type, WORTH["cuda"])
-        batch = lay_out(rows, self.encoder.tokenizer.pad_token_id, self.roles.packed, worth)
+        batch = lay_out(rows, self.encoder.tokenizer.pad_token_id, self.roles.packed, worth_on(device))
         within = prompts - 1 + torch.minimum(torch.arange(mask.shape[1])[None], last)
         batch |= {
             "positions": batch["starts"][:, None] + within,

@@ -169,10 +169,11 @@ def _model_part(
     model: Any = load_scalar_model(parent.path) if loaded is None else loaded
     model.to(device).eval().requires_grad_(False)
     set_pad(model, tokenizer.pad_token_id)  # an external model's own may differ
-    if loaded is None and hasattr(model, "score"):  # a decoder; an encoder needs its padding
-        prepare(model)
-    if loaded is None and autocast:
-        hold_in_bf16(model)
+    if loaded is None:
+        if hasattr(model, "score"):  # a decoder; an encoder needs its padding
+            prepare(model)
+        if autocast:
+            hold_in_bf16(model)
     same_tokenizer = tokenizer_hashes(tokenizer) == tokenizer_hashes(encoder.tokenizer)
     own = ChatEncoder(tokenizer)
     stops = {encoder.eos_id}

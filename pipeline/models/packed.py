@@ -39,7 +39,7 @@ def lay_out(rows: Sequence[Sequence[int]], pad_id: int, packed: bool, worth: int
     """Rows of token ids as a model's input.
 
     Args:
-        worth: see WORTH.
+        worth: see `WORTH`; `worth_on` the device that will attend.
 
     Returns:
         input_ids, position_ids: (1, tokens) end to end, at least one filler last; or (rows, length), padded on the right.
@@ -61,7 +61,7 @@ def lay_out(rows: Sequence[Sequence[int]], pad_id: int, packed: bool, worth: int
     positions, places = torch.zeros(whole, dtype=torch.long), torch.empty(total, dtype=torch.long)
     slots, before = [], 0
     for group in alike(lengths.tolist(), worth):
-        columns = torch.arange(_up(max(len(rows[i]) for i in group), LENGTH))
+        columns = torch.arange(_up(len(rows[group[-1]]), LENGTH))
         real = columns < lengths[group, None]
         slot = torch.where(real, starts[group, None] + columns, whole - 1)
         positions[slot[real]] = columns.expand_as(slot)[real]
@@ -77,8 +77,12 @@ def lay_out(rows: Sequence[Sequence[int]], pad_id: int, packed: bool, worth: int
     }
 
 
+def worth_on(device: torch.device) -> int:
+    return WORTH.get(device.type, WORTH["cuda"])
+
+
 def alike(lengths: Sequence[int], worth: int) -> list[list[int]]:
-    """Rows in groups of similar length: halved as long as that saves `worth` attention scores a head."""
+    """Rows in groups of similar length, the longest last: halved as long as that saves `worth` attention scores a head."""
 
     def halve(group: list[int]) -> list[list[int]]:
         halves = [group[: len(group) // 2], group[len(group) // 2 :]]

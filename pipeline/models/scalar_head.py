@@ -13,7 +13,7 @@ from pipeline.data.batching import microbatches
 from pipeline.data.collators import right_pad
 from pipeline.errors import UserError
 from pipeline.models.loading import _load
-from pipeline.models.packed import Batch, hidden_states, is_prepared, lay_out
+from pipeline.models.packed import Batch, hidden_states, is_prepared, lay_out, worth_on
 
 import torch
 from accelerate.utils import send_to_device
@@ -97,7 +97,7 @@ def score_ids(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int, toke
     for picked in microbatches(lengths, range(len(rows)), tokens_per_batch):
         ends = torch.tensor([lengths[i] for i in picked], device=device)
         if is_prepared(model):
-            batch = send_to_device(lay_out([rows[i] for i in picked], pad_id, packed=True), device)
+            batch = send_to_device(lay_out([rows[i] for i in picked], pad_id, True, worth_on(device)), device)
             hidden = hidden_states(getattr(model, str(model.base_model_prefix)), batch)
             found = scalar_head(model)(hidden[batch["starts"] + ends - 1])[:, 0]
         else:
