@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = commands.add_parser("plan", help="memory, compute, hours and cost of a recipe, before it is launched")
     plan.add_argument("recipe", help="recipe folder")
     plan.add_argument("--gpus", type=int, default=1, help="devices")
-    plan.add_argument("--gpu", required=True, metavar="NAME", help="of pipeline/devices.yaml, e.g. h100, l4")
+    plan.add_argument("--gpu", required=True, metavar="NAME", help="of pipeline/planning/devices.yaml, e.g. h100, l4")
     plan.add_argument("--devices", metavar="FILE", help="YAML with devices of your own, in the same form")
     plan.add_argument("--accelerate", metavar="FILE", help="an accelerate config; default: data-parallel")
     plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
@@ -144,11 +144,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _dispatch(args: argparse.Namespace) -> int:
     # Imported late: `rlhf --help` should not load torch.
     if args.command == "run":
-        from pipeline.run import run_recipe
+        from pipeline.commands.run import run_recipe
 
         return run_recipe(args)
     if args.command == "check":
-        from pipeline.check_data import check_data, is_data
+        from pipeline.commands.check_data import check_data, is_data
 
         if is_data(args.target):
             return check_data(
@@ -161,35 +161,35 @@ def _dispatch(args: argparse.Namespace) -> int:
                 args.split,
                 args.seed,
             )
-        from pipeline.check import check_recipe
-        from pipeline.stage import quiet_libraries
+        from pipeline.commands.check import check_recipe
+        from pipeline.training.stage import quiet_libraries
 
         quiet_libraries()
         if args.dry_run:
-            from pipeline.dry_run import dry_run
+            from pipeline.commands.dry_run import dry_run
 
             return dry_run(args.target, args.data_root, args.parent, args.accelerate)
         return check_recipe(args.target, args.data_root)
     if args.command == "compare":
-        from pipeline.compare import compare_runs
+        from pipeline.commands.compare import compare_runs
 
         return compare_runs(args.runs[0], args.runs[1], args.json)
     if args.command == "plan":
-        from pipeline.plan import plan_recipe
-        from pipeline.stage import quiet_libraries
+        from pipeline.planning.plan import plan_recipe
+        from pipeline.training.stage import quiet_libraries
 
         quiet_libraries()
         return plan_recipe(args)
     if args.command == "score":
-        from pipeline.score_file import score_file
-        from pipeline.stage import quiet_libraries
+        from pipeline.commands.score import score_file
+        from pipeline.training.stage import quiet_libraries
 
         quiet_libraries()
         return score_file(args.file, args.reward, args.output, args.column)
     if args.command == "best-of":
-        from pipeline.arguments import reward_source
-        from pipeline.best_of_n import write_demonstrations
-        from pipeline.stage import quiet_libraries
+        from pipeline.config.arguments import reward_source
+        from pipeline.rollout.best_of_n import write_demonstrations
+        from pipeline.training.stage import quiet_libraries
 
         quiet_libraries()
         for name in ("n", "max_response_tokens", "temperature"):
@@ -206,8 +206,8 @@ def _dispatch(args: argparse.Namespace) -> int:
             args.seed,
         )
         return 0
-    from pipeline.report import write_report
-    from pipeline.stage import quiet_libraries
+    from pipeline.evaluation.report import write_report
+    from pipeline.training.stage import quiet_libraries
 
     quiet_libraries()
 

@@ -26,8 +26,7 @@ from pipeline.algorithms.kl import adapt_kl_coef, k2, k3
 from pipeline.algorithms.masking import masked_sum
 from pipeline.algorithms.ppo import RunningMoments, missing_eos_scores, policy_losses, value_losses
 from pipeline.algorithms.schedules import lr_factor
-from pipeline.arguments import PPOArguments
-from pipeline.checkpoints import Parent, read_lineage, tokenizer_hashes, verify_parent, write_json, writing
+from pipeline.config.arguments import PPOArguments
 from pipeline.data.batching import endless, microbatches, seeded_order
 from pipeline.data.collators import BlockCollator, right_pad
 from pipeline.data.encoding import IGNORE, ChatEncoder, document_ids, forbidden_ids
@@ -36,8 +35,6 @@ from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError, shorten
-from pipeline.metrics import history
-from pipeline.models.adapters import read_adapter
 from pipeline.models.loading import (
     hold_in_bf16,
     load_causal_lm,
@@ -46,19 +43,11 @@ from pipeline.models.loading import (
     require_pad,
     resolve_precision,
 )
+from pipeline.models.lora import read_adapter
+from pipeline.models.networks import AdapterRoles, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
 from pipeline.models.packed import Batch, lay_out, prepare, worth_on
-from pipeline.models.roles import AdapterRoles, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
-from pipeline.models.scalar_head import load_scalar_model
-from pipeline.rollout import (
-    LocalEngine,
-    Rollout,
-    Shaping,
-    assemble,
-    response_mask_of,
-    rollout_figures,
-    row_uniforms,
-)
-from pipeline.scoring import (
+from pipeline.models.reward_model import load_scalar_model
+from pipeline.rollout.rewards import (
     DISAGREEMENT,
     Scorer,
     build_scorer,
@@ -68,8 +57,19 @@ from pipeline.scoring import (
     judge_labels,
     source_sha256,
 )
-from pipeline.stage import Run, launch
-from pipeline.trackers import PROJECT, log_samples
+from pipeline.rollout.rollout import (
+    LocalEngine,
+    Rollout,
+    Shaping,
+    assemble,
+    response_mask_of,
+    rollout_figures,
+    row_uniforms,
+)
+from pipeline.training import history
+from pipeline.training.output import Parent, read_lineage, tokenizer_hashes, verify_parent, write_json, writing
+from pipeline.training.stage import Run, launch
+from pipeline.training.trackers import PROJECT, log_samples
 
 import torch
 from accelerate import Accelerator, DistributedType

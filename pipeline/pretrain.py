@@ -8,18 +8,18 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pipeline.arguments import PretrainArguments
-from pipeline.checkpoints import tokenizer_hashes, verify_parent
+from pipeline.config.arguments import PretrainArguments
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import document_ids
 from pipeline.data.packing import Block, pack_documents
 from pipeline.data.sources import Source, fingerprint, read_sources, split_texts
-from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
-from pipeline.metrics import BitsPerByte, Perplexity
+from pipeline.evaluation.metrics import BitsPerByte, Perplexity
 from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, new_causal_lm, refuse_beyond_context
-from pipeline.stage import Run, launch
-from pipeline.training import (
+from pipeline.models.tokenizer_training import train_tokenizer
+from pipeline.training.output import tokenizer_hashes, verify_parent
+from pipeline.training.stage import Run, launch
+from pipeline.training.trainer import (
     StageTrainer,
     measure_tokens,
     prepare_trainer,

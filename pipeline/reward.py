@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.algorithms.preference import ranking_loss
-from pipeline.arguments import RewardArguments
-from pipeline.checkpoints import tokenizer_hashes, verify_parent
+from pipeline.config.arguments import RewardArguments
+from pipeline.data.arrow_storage import SpooledRecords, arrow_rows
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
 from pipeline.data.comparisons import digest, pairs_of, sift, summary
@@ -24,10 +24,8 @@ from pipeline.data.encoding import ChatEncoder, forbidden_ids
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources, replace_records
 from pipeline.data.splits import is_held_out, labeler_folds
-from pipeline.data.spool import SpooledRecords, arrow_rows
 from pipeline.errors import UserError
-from pipeline.judging import measure
-from pipeline.models.adapters import lora_config, save_merged, scale_adapter_head
+from pipeline.evaluation.reward_model import measure
 from pipeline.models.loading import (
     assign_pad,
     assign_template,
@@ -37,11 +35,13 @@ from pipeline.models.loading import (
     load_tokenizer,
     refuse_beyond_context,
 )
-from pipeline.models.scalar_head import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
-from pipeline.rollout import LocalEngine, row_uniforms
-from pipeline.scoring import import_function, source_sha256
-from pipeline.stage import Run, launch, refuse_sharded
-from pipeline.training import (
+from pipeline.models.lora import lora_config, save_merged, scale_adapter_head
+from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
+from pipeline.rollout.rewards import import_function, source_sha256
+from pipeline.rollout.rollout import LocalEngine, row_uniforms
+from pipeline.training.output import tokenizer_hashes, verify_parent
+from pipeline.training.stage import Run, launch, refuse_sharded
+from pipeline.training.trainer import (
     StageTrainer,
     prepare_trainer,
     save_whole,

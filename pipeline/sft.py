@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from pipeline.arguments import SFTArguments
-from pipeline.checkpoints import tokenizer_hashes, verify_parent
+from pipeline.config.arguments import SFTArguments
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.packing import join_examples, pack_examples
@@ -17,13 +16,14 @@ from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.splits import split_records
 from pipeline.errors import UserError
-from pipeline.metrics import Perplexity
-from pipeline.models.adapters import lora_config, save_merged
+from pipeline.evaluation.metrics import Perplexity
 from pipeline.models.loading import assign_pad, assign_template, load_causal_lm, load_tokenizer, refuse_beyond_context
-from pipeline.rollout import greedy_responses
-from pipeline.scoring import Scorer, build_scorer, identity
-from pipeline.stage import Run, launch, refuse_sharded
-from pipeline.training import (
+from pipeline.models.lora import lora_config, save_merged
+from pipeline.rollout.rewards import Scorer, build_scorer, identity
+from pipeline.rollout.rollout import greedy_responses
+from pipeline.training.output import tokenizer_hashes, verify_parent
+from pipeline.training.stage import Run, launch, refuse_sharded
+from pipeline.training.trainer import (
     StageTrainer,
     measure_tokens,
     prepare_trainer,

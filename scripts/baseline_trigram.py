@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.arguments import DatasetEntry
-from pipeline.checkpoints import read_lineage
+from pipeline.config.arguments import DatasetEntry
 from pipeline.data.encoding import document_ids
 from pipeline.data.sources import read_sources
 from pipeline.models.loading import load_tokenizer
 from pipeline.pretrain import split_texts
+from pipeline.training.output import read_lineage
 
 
 class KneserNeyTrigram:

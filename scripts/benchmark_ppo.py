@@ -55,9 +55,9 @@ def child(args: argparse.Namespace) -> None:
     """Our side of one round, in a process of its own."""
     import torch  # isort: skip
     from pipeline import ppo
-    from pipeline.arguments import STAGES
-    from pipeline.metrics import history
-    from pipeline.stage import launch
+    from pipeline.config.arguments import STAGES
+    from pipeline.training import history
+    from pipeline.training.stage import launch
 
     for late in ("datasets", "trl.trainer.utils"):  # the stage imports them when it needs them, the peer at its start
         importlib.import_module(late)

@@ -44,15 +44,15 @@ def parse() -> argparse.Namespace:
 def child(args: argparse.Namespace) -> None:
     """One side of one round, in a process of its own."""
     import torch  # isort: skip
-    from pipeline.arguments import DatasetEntry, RewardArguments
+    from pipeline.config.arguments import DatasetEntry, RewardArguments
     from pipeline.data.batching import LengthGroupedSampler
     from pipeline.data.collators import RankingCollator
     from pipeline.data.encoding import ChatEncoder
     from pipeline.data.records import PARSERS, read_jsonl
     from pipeline.data.splits import split_records
-    from pipeline.judging import judge
+    from pipeline.evaluation.reward_model import judge
     from pipeline.models.loading import disable_dropout, load_tokenizer
-    from pipeline.models.scalar_head import init_head, load_scalar_model
+    from pipeline.models.reward_model import init_head, load_scalar_model
     from pipeline.reward import FEATURES, RankingTrainer, encode, tensors_only
 
     import datasets

@@ -41,12 +41,12 @@ class Bug:
 
 PPO = "pipeline/ppo.py"
 MATHS = "pipeline/algorithms/ppo.py"
-ROLES = "pipeline/models/roles.py"
+ROLES = "pipeline/models/networks.py"
 PACKED = "pipeline/models/packed.py"
-ROLLOUT = "pipeline/rollout.py"
-DETAILS = "tests/ppo/test_details.py::"
-ORACLE = "tests/ppo/test_oracle.py::"
-OPTIMUM = "tests/ppo/test_optimum.py::"
+ROLLOUT = "pipeline/rollout/rollout.py"
+DETAILS = "tests/stages/test_ppo_details.py::"
+ORACLE = "tests/stages/test_ppo_oracle.py::"
+OPTIMUM = "tests/stages/test_ppo_optimum.py::"
 ARITHMETIC = "tests/algorithms/test_ppo.py::"
 
 BUGS = [
@@ -55,9 +55,9 @@ BUGS = [
     Bug("A3 positions count the padding", ROLLOUT, "positions = (mask.cumsum(1) - 1).clamp(min=0)",
         "positions = torch.arange(mask.shape[1], device=device).repeat(len(mask), 1)",
         "tests/models/test_models.py::test_sampling_with_cache_and_padding_equals_slow_sampling"),
-    Bug("A14 the scorer forgets the offset", "pipeline/models/scalar_head.py", ".float().cpu() - score_offset(model)", ".float().cpu()",
+    Bug("A14 the scorer forgets the offset", "pipeline/models/reward_model.py", ".float().cpu() - score_offset(model)", ".float().cpu()",
         "tests/models/test_models.py::test_score_and_value_subtract_the_same_offset"),
-    Bug("A14 the value network forgets the offset", "pipeline/models/scalar_head.py", "[..., 0].float() - self.offset", "[..., 0].float()",
+    Bug("A14 the value network forgets the offset", "pipeline/models/reward_model.py", "[..., 0].float() - self.offset", "[..., 0].float()",
         "tests/models/test_models.py::test_score_and_value_subtract_the_same_offset"),
     Bug("A16 dropout stays on", "pipeline/models/loading.py", "setattr(module, name, 0.0)", "pass",
         "tests/models/test_models.py::test_dropout_is_off_everywhere"),
@@ -130,14 +130,14 @@ BUGS = [
     Bug("the value warm-up trains the policy", PPO, "train_policy = state.rollout >= args.value_warmup_rollouts", "train_policy = True",
         DETAILS + "test_value_warm_up_trains_the_value_alone"),
     Bug("adapters: the reference keeps the policy's adapter", ROLES, 'with self.active(None):\n                found["ref_logprobs"]', 'with self.active("default"):\n                found["ref_logprobs"]',
-        "tests/ppo/test_roles.py::test_the_reference_of_adapters_is_the_base"),
+        "tests/models/test_networks.py::test_the_reference_of_adapters_is_the_base"),
     Bug("adapters: values are read through the policy's adapter", ROLES, 'with self.active("value"):\n            with self.autocast():', 'with self.active("default"):\n            with self.autocast():',
-        "tests/ppo/test_roles.py::test_adapters_train_nothing_but_themselves"),
+        "tests/models/test_networks.py::test_adapters_train_nothing_but_themselves"),
     Bug("adapters: the switch freezes the other adapter for good", ROLES, 'self.peft.set_requires_grad(["default", "value"], requires_grad=True)', "pass",
-        "tests/ppo/test_roles.py::test_adapters_train_nothing_but_themselves"),
+        "tests/models/test_networks.py::test_adapters_train_nothing_but_themselves"),
     Bug("shared trunk: the value's gradient stops at its head", ROLES, 'found: Batch = {"values": self._values(hidden, batch["positions"])}',
         'found: Batch = {"values": self._values(hidden.detach(), batch["positions"])}',
-        "tests/ppo/test_roles.py::test_gradients_are_those_of_the_losses_by_finite_differences[shared_trunk]"),
+        "tests/models/test_networks.py::test_gradients_are_those_of_the_losses_by_finite_differences[shared_trunk]"),
     Bug("packed rows: a row's attention begins in the row before it", PACKED, "slots.append(slot)", "slots.append((slot - 1).clamp(min=0))",
         "tests/models/test_packed.py::test_packed_rows_answer_and_learn_as_rows_alone[LlamaConfig]"),
     Bug("packed rows: gradients do not come back from attention's rows", PACKED, "return _end_to_end(gradients, ctx.saved_tensors[0], ctx.tokens), None, *(None for _ in gradients)",

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, STAGES, TINY, environment
-from pipeline.arguments import STAGES as ARGUMENTS
-from pipeline.arguments import read_recipe
+from helpers.launches import ROOT, STAGES, TINY, environment
+from pipeline.config.arguments import STAGES as ARGUMENTS
+from pipeline.config.arguments import read_recipe
 
 import pytest
 import yaml

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.data.cards import card_columns, split_files
+from pipeline.data.hashing import sha256_file
 from pipeline.data.records import PARSERS, Problems, Record, RecordError, iter_jsonl
 from pipeline.data.splits import split_records
 from pipeline.errors import UserError
-from pipeline.hashing import sha256_file
 
 logger = logging.getLogger(__name__)
 SINGLE_DOCUMENT_HELD_OUT = 0.05
@@ -111,7 +111,7 @@ def digest_of(files: Sequence[Path]) -> str:
 def _gather(records: Iterator[Record], spool: bool) -> Sequence[Record]:
     if not spool:
         return list(records)
-    from pipeline.data.spool import spooled
+    from pipeline.data.arrow_storage import spooled
 
     return spooled(records)
 

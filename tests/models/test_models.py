@@ -11,7 +11,7 @@ from pipeline.algorithms.logprobs import tempered_logits, token_logprobs
 from pipeline.data.collators import right_pad
 from pipeline.data.encoding import forbidden_ids
 from pipeline.errors import UserError
-from pipeline.models import roles
+from pipeline.models import networks as roles
 from pipeline.models.loading import (
     assign_pad,
     disable_dropout,
@@ -21,9 +21,9 @@ from pipeline.models.loading import (
     new_causal_lm,
     refuse_beyond_context,
 )
+from pipeline.models.networks import PolicyModel
 from pipeline.models.packed import lay_out, prepare
-from pipeline.models.roles import PolicyModel
-from pipeline.models.scalar_head import (
+from pipeline.models.reward_model import (
     OFFSET,
     ValueModel,
     init_head,
@@ -32,7 +32,7 @@ from pipeline.models.scalar_head import (
     scalar_head,
     score_ids,
 )
-from pipeline.rollout import generate, greedy_responses, row_uniforms
+from pipeline.rollout.rollout import generate, greedy_responses, row_uniforms
 
 import pytest
 import torch

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import CARDS, ROOT, environment, launch_command, lineage, tiny_flags
+from helpers.launches import CARDS, ROOT, environment, launch_command, lineage, tiny_flags
 from pipeline import ppo, pretrain, reward, sft
-from pipeline.arguments import STAGES
+from pipeline.config.arguments import STAGES
 from pipeline.models.loading import load_tokenizer
-from pipeline.stage import launch
+from pipeline.training.stage import launch
 
 import pytest
 

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest import CARDS, STAGES, launch, lineage, tiny_flags
-from pipeline.arguments import STAGES as ARGUMENTS
-from pipeline.stage import launch as launch_here
+from helpers.launches import CARDS, STAGES, launch, lineage, tiny_flags
+from pipeline.config.arguments import STAGES as ARGUMENTS
+from pipeline.training.stage import launch as launch_here
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def test_pretraining_reports_epochs_and_throughput(chain: Path) -> None:
 def test_demonstrations_score_zero_on_average(chain: Path) -> None:
     """The offset in the config centres the scores that users get (design: demonstrations average 0)."""
     from pipeline.data.splits import split_records
-    from pipeline.scoring import score
+    from pipeline.rollout.rewards import score
 
     rows = [json.loads(line) for line in (CARDS / "demo_demonstrations" / "train.jsonl").read_text().splitlines()[:500]]
     kept, _ = split_records(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import STAGES, launch, tiny_flags
+from helpers.launches import ROOT, STAGES, launch, parents, tiny_flags
 
 import pytest
 import torch
-from test_resume import parents
 
-SCRIPT = str(Path(__file__).with_name("record_gradients.py"))
+SCRIPT = str(ROOT / "tests" / "helpers" / "record_gradients.py")
 
 
 @pytest.mark.parametrize("stage", [pytest.param(s, marks=[pytest.mark.full] if s != "ppo" else []) for s in STAGES])

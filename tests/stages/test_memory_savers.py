@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conftest import lineage, tiny_flags
+from helpers.launches import lineage, tiny_flags
 from pipeline import reward, sft
-from pipeline.arguments import STAGES
+from pipeline.config.arguments import STAGES
 from pipeline.models.loading import load_causal_lm
-from pipeline.models.scalar_head import load_scalar_model
-from pipeline.stage import launch
+from pipeline.models.reward_model import load_scalar_model
+from pipeline.training.stage import launch
 
 import pytest
 import torch

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest import lineage, tiny_flags
+from helpers.launches import lineage, tiny_flags
 from pipeline import ppo
-from pipeline.arguments import STAGES, load
+from pipeline.config.arguments import STAGES, load
 from pipeline.data.batching import microbatches
-from pipeline.stage import launch
+from pipeline.training.stage import launch
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_rewards_may_be_functions_models_and_sums(chain: Path, recipes: Path, tm
 
 
 def test_a_value_network_from_the_policy_starts_at_zero(chain: Path, recipes: Path, tmp_path: Path) -> None:
-    from pipeline.models.scalar_head import load_scalar_model, scalar_head
+    from pipeline.models.reward_model import load_scalar_model, scalar_head
 
     run(chain, recipes, tmp_path, value_init="policy", total_rollouts=1, value_learning_rate=0.0)
     assert scalar_head(load_scalar_model(str(tmp_path / "out" / "value"))).weight.abs().max() == 0

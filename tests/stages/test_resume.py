@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, STAGES, kill_when, launch, launch_command, lineage, tiny_flags
+from helpers.launches import ROOT, STAGES, kill_when, launch, launch_command, lineage, parents, tiny_flags
 
 import pytest
 
@@ -20,11 +20,6 @@ NOT_COMPARED = (
 )
 
 
-def parents(stage: str, chain: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {} if stage == "pretrain" else {"parent": chain / ("pretrain" if stage == "sft" else "sft")}
-    return found | ({"reward": chain / "reward"} if stage == "ppo" else {})
-
-
 def checkpoint_ready(folder: Path, after: int = 0) -> Any:
     """Whether a sealed checkpoint past step `after` stands in the folder."""
     return lambda: any(
@@ -33,7 +28,7 @@ def checkpoint_ready(folder: Path, after: int = 0) -> Any:
 
 
 def same_history(one: Path, other: Path) -> bool:
-    from pipeline.metrics import history
+    from pipeline.training import history
 
     def rows(folder: Path) -> list[dict[str, Any]]:
         return [{k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)} for row in history.read(folder)]

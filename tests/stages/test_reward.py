@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, environment, lineage, make_lm, rlhf_here, tiny_flags
+from helpers.launches import ROOT, environment, lineage, rlhf_here, tiny_flags
+from helpers.tiny_models import make_lm
 from pipeline import reward
-from pipeline.arguments import STAGES, DatasetEntry, RewardArguments, load
+from pipeline.config.arguments import STAGES, DatasetEntry, RewardArguments, load
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
 from pipeline.data.encoding import ROLE_TEMPLATE, ChatEncoder
@@ -19,10 +20,10 @@ from pipeline.data.records import parse_ranking
 from pipeline.data.splits import labeler_folds
 from pipeline.errors import UserError
 from pipeline.models.loading import assign_template, refuse_beyond_context
-from pipeline.models.scalar_head import init_head, load_scalar_model
+from pipeline.models.reward_model import init_head, load_scalar_model
 from pipeline.reward import FEATURES, RankingTrainer, encode, tensors_only
-from pipeline.scoring import DISAGREEMENT, Part, Scorer, score
-from pipeline.stage import launch
+from pipeline.rollout.rewards import DISAGREEMENT, Part, Scorer, score
+from pipeline.training.stage import launch
 
 import datasets
 import pytest
@@ -285,9 +286,9 @@ def test_unit_variance_over_the_parents_answers(scalar: Any, tokenizer: Any, tmp
     """Scores of answers sampled from the parent spread by 1: the very samples exactly, others nearly (Z19)."""
     from pipeline.data.encoding import forbidden_ids
     from pipeline.data.sources import Source
-    from pipeline.models.scalar_head import score_ids
+    from pipeline.models.reward_model import score_ids
     from pipeline.reward import Split, _unit_variance
-    from pipeline.rollout import LocalEngine, row_uniforms
+    from pipeline.rollout.rollout import LocalEngine, row_uniforms
 
     tokenizer.chat_template = tokenizer.chat_template or ROLE_TEMPLATE
     lines = (ROOT / "data_cards/demo_comparisons/train.jsonl").read_text(encoding="utf-8").splitlines()[:400]

@@ -1,0 +1,1 @@
+"""One running stage: its processes, output folder, checkpoints, lineage, history and trackers."""

@@ -1,0 +1,241 @@
+"""A language model as judge: both orders, planted preferences and biases, servers that fail, keys that stay secret."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.evaluation import llm_judge
+from pipeline.evaluation.llm_judge import Judge, LocalJudge, RemoteJudge, choice_in, compare_answers, judge_from
+
+import numpy as np
+import pytest
+
+SECRET = "sk-secret-0123456789"
+PROMPTS = [f"question {i}" for i in range(40)]
+
+
+def answers_of(question: str) -> tuple[str, str]:
+    body = question.split("Answer A:\n")[1]
+    first, rest = body.split("\n\nAnswer B:\n")
+    return first, rest.split("\n\nWhich answer")[0]
+
+
+def prefers(better: Callable[[str], float]) -> Judge:
+    """A judge of a known taste."""
+
+    def choose(questions: Any) -> list[Any]:
+        return ["A" if better(a) >= better(b) else "B" for a, b in map(answers_of, questions)]
+
+    return Judge("planted", choose)
+
+
+def test_a_judge_of_known_taste() -> None:
+    mine = [f"{'good' if i < 30 else 'bad'} {i}" for i in range(40)]
+    theirs = [f"{'bad' if i < 30 else 'good'} {i}" for i in range(40)]
+    taste = prefers(lambda text: float(text.startswith("good")))
+    found = compare_answers(taste, PROMPTS, mine, theirs, [0] * 40)
+    assert (found["win_rate"], found["ties"], found["first_chosen"], found["prompts"]) == (0.75, 0.0, 0.5, 40)
+    assert found["ci95"][0] < 0.75 < found["ci95"][1]
+    swapped = compare_answers(taste, PROMPTS, theirs, mine, [0] * 40)
+    assert swapped["win_rate"] == 1 - found["win_rate"]
+    always_first = Judge("first", lambda questions: ["A"] * len(questions))
+    found = compare_answers(always_first, PROMPTS, mine, theirs, [0] * 40)
+    assert (found["win_rate"], found["ties"], found["first_chosen"]) == (0.5, 1.0, 1.0), "order alone is no opinion"
+
+
+def test_a_taste_for_length_is_taken_out() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, (2, 200))
+    mine, theirs = (["x" * n for n in row] for row in (lengths[0] + 25, lengths[1]))
+    longer = [len(a) - len(b) for a, b in zip(mine, theirs, strict=True)]
+    noise = iter(rng.normal(0, 25, 10_000))
+    found = compare_answers(
+        prefers(lambda text: len(text) + next(noise)), [f"q{i}" for i in range(200)], mine, theirs, longer
+    )
+    assert found["win_rate"] > 0.65, "it likes what is longer"
+    assert abs(found["length_controlled"] - 0.5) < 0.15, "and nothing else"
+
+
+def test_what_fails_counts_on_neither_side() -> None:
+    def choose(questions: Any) -> list[Any]:
+        return [UserError("timed out") if "question 3\n" in question else "A" for question in questions]
+
+    found = compare_answers(Judge("flaky", choose), PROMPTS, PROMPTS, PROMPTS, [0] * 40)
+    assert found["prompts"] == 39
+    assert found["failed"] == [{"row": 3, "why": "timed out"}]
+    found = compare_answers(Judge("dead", lambda q: [UserError("gone")] * len(q)), PROMPTS, PROMPTS, PROMPTS, [0] * 40)
+    assert found["prompts"] == 0
+    assert "win_rate" not in found
+
+
+@pytest.mark.parametrize(
+    ("reply", "choice"), [("A", "A"), (" b.".upper(), "B"), ("**A**", "A"), ("Answer B", "B"), ("A\n\nB is worse", "A")]
+)
+def test_replies_are_read(reply: str, choice: str) -> None:
+    assert choice_in(reply) == choice
+
+
+@pytest.mark.parametrize("reply", ["", "Both are good", "either A or B"])
+def test_replies_that_say_neither(reply: str) -> None:
+    with pytest.raises(UserError, match="neither A nor B"):
+        choice_in(reply)
+
+
+# ---------------------------------------------------------------------------------------------- servers
+
+
+class Server:
+    """An OpenAI-compatible server on this machine; `behave` gives (status, reply) for the n-th request of a question."""
+
+    def __init__(self, behave: Callable[[int, str], tuple[int, str]]):
+        self.seen: dict[str, int] = {}
+        self.headers: list[str] = []
+        lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                assert self.path == "/v1/chat/completions"
+                question = body["messages"][0]["content"]
+                with lock:
+                    number = server.seen[question] = server.seen.get(question, 0) + 1
+                    server.headers.append(self.headers.get("Authorization", ""))
+                status, text = behave(number, question)
+                reply = {
+                    "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+                    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+                    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+                }  # fmt: skip
+                payload = json.dumps(reply if status == 200 else {"error": text}).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
+    monkeypatch.setattr(llm_judge, "PAUSE", 0.0)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv(llm_judge.KEY, SECRET)
+    started: list[Server] = []
+
+    def start(behave: Callable[[int, str], tuple[int, str]]) -> Server:
+        started.append(Server(behave))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def longest(_: int, question: str) -> tuple[int, str]:
+    first, second = answers_of(question)
+    return 200, "A" if len(first) >= len(second) else "B"
+
+
+def test_a_server_judges(serve: Any) -> None:
+    server = serve(longest)
+    judge = judge_from(server.address, "some-model")
+    assert judge.label == "llm:some-model"
+    mine, theirs = ["long answer"] * 40, ["short"] * 40
+    found = compare_answers(judge, PROMPTS, mine, theirs, [6] * 40)
+    assert (found["failed"], found["win_rate"]) == ([], 1.0)
+    assert set(server.headers) == {f"Bearer {SECRET}"}
+    assert len(server.seen) == 80
+    assert set(server.seen.values()) == {1}
+
+
+def test_a_hiccup_is_asked_again(serve: Any) -> None:
+    server = serve(lambda n, q: (503, "busy") if n == 1 else (200, "no idea") if n == 2 else longest(n, q))
+    judge = Judge("x", RemoteJudge(server.address, "m", pause=0.0))
+    found = compare_answers(judge, PROMPTS[:5], ["long answer"] * 5, ["short"] * 5, [6] * 5)
+    assert (found["win_rate"], found["failed"]) == (1.0, [])
+    assert set(server.seen.values()) == {3}
+
+
+def test_a_question_that_always_fails_is_listed(serve: Any) -> None:
+    server = serve(lambda n, q: (500, "boom") if "question 2\n" in q else longest(n, q))
+    judge = Judge("x", RemoteJudge(server.address, "m", pause=0.0))
+    found = compare_answers(judge, PROMPTS[:5], ["long answer"] * 5, ["short"] * 5, [6] * 5)
+    assert found["failed"] == [{"row": 2, "why": "the server says 500"}]
+    assert (found["win_rate"], found["prompts"]) == (1.0, 4)
+
+
+def test_a_refused_key_is_not_tried_again_and_a_dead_server_not_waited_for(serve: Any) -> None:
+    server = serve(lambda *_: (401, f"bad key {SECRET}"))
+    judge = Judge("x", RemoteJudge(server.address, "m", pause=0.0))
+    found = compare_answers(judge, PROMPTS[:5], PROMPTS[:5], PROMPTS[:5], [0] * 5)
+    assert {failure["why"] for failure in found["failed"]} == {"the server says 401"}
+    assert len(server.headers) == 2, "once for each order"
+    strange = serve(lambda *_: (200, None))
+    judge = Judge("x", RemoteJudge(strange.address, "m", pause=0.0))
+    assert compare_answers(judge, PROMPTS[:1], ["a"], ["b"], [0])["failed"][0]["why"].startswith("replied ''")
+    dead = Judge("x", RemoteJudge("http://127.0.0.1:9/v1", "m", pause=0.0))
+    found = compare_answers(dead, PROMPTS, PROMPTS, PROMPTS, [0] * 40)
+    assert {failure["why"] for failure in found["failed"]} == {"ConnectError"}
+
+
+def test_addresses_hold_no_keys() -> None:
+    for address in (f"https://user:{SECRET}@host/v1", f"https://host/v1?key={SECRET}"):
+        with pytest.raises(UserError, match="no keys in an address") as error:
+            judge_from(address, "m")
+        assert SECRET not in str(error.value)
+    with pytest.raises(UserError, match="needs --llm-judge-model"):
+        judge_from("http://host/v1")
+
+
+# ---------------------------------------------------------------------------------------------- local models
+
+
+def test_a_local_judge_says_the_likelier_letter(tiny_lm: Any, tokenizer: Any, tmp_path: Path) -> None:
+    import torch
+
+    tokenizer.save_pretrained(tmp_path)
+    tiny_lm.save_pretrained(tmp_path)
+    judge = LocalJudge(str(tmp_path), rows=2)
+    questions = ["a b", "c", "d e f g", "h", "x " * 500]
+    found = judge(questions)
+    assert isinstance(found[4], UserError)
+    assert "exceed the judge's context" in str(found[4])
+    for question, choice in zip(questions[:4], found, strict=False):
+        ids = judge.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        with torch.no_grad():
+            a, b = judge.model(input_ids=torch.tensor([ids])).logits[0, -1, judge.letters].tolist()
+        assert choice == ("A" if a >= b else "B")
+
+
+def test_a_report_with_a_server(chain: Path, serve: Any) -> None:
+    """Rows of the judge stand among the win rates, its failures in a note; the key is in no file."""
+    from helpers.launches import rlhf_here
+
+    server = serve(lambda n, q: (400, SECRET) if "Answer A:\n\n" in q else longest(n, q))
+    rlhf_here(
+        "report", chain, "--num-prompts", 6, "--best-of", 2, "--llm-judge", server.address, "--llm-judge-model", "m"
+    )
+    report = json.loads((chain / "report" / "report.json").read_text(encoding="utf-8"))
+    pairs = [(row["candidate"], row["baseline"]) for row in report["llm_judge"]]
+    assert pairs == [("sft", "pretrain"), ("ppo", "sft"), ("ppo", "best_of_2")]
+    judged = sum(row["prompts"] + len(row["failed"]) for row in report["llm_judge"])
+    assert judged == 18
+    assert any(row["judge"] == "llm:m" for row in report["win_rates"])
+    for file in (chain / "report").iterdir():
+        assert SECRET not in file.read_text(encoding="utf-8")

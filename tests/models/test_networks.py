@@ -1,0 +1,288 @@
+"""Roles on one trunk or on adapters: right, non-zero gradients for each, and nothing else moves (hf notes: silent traps)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from helpers.worlds import make_policy, train
+from pipeline import ppo, reward
+from pipeline.config.arguments import STAGES
+from pipeline.models.loading import load_causal_lm
+from pipeline.models.reward_model import load_scalar_model, score_ids
+from pipeline.training.stage import launch
+
+import pytest
+import torch
+import yaml
+
+COUNT_B = "return float(response.count('b'))"
+SHORT: dict[str, Any] = {
+    "prompts_per_rollout": 32,
+    "total_rollouts": 4,
+    "max_response_tokens": 3,
+    "learning_rate": 3e-3,
+}
+LORA: dict[str, Any] = {"lora": {"r": 4, "alpha": 8}}
+ROLES = ["separate", "shared_trunk", "adapters"]
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    return make_policy(tmp_path / "sft", "abcd")
+
+
+def captured(policy: Path, run: Path, roles: str, **changes: Any) -> tuple[ppo.Loop, Any]:
+    """A loop after a short run, and its last rollout."""
+    kept: list[tuple[ppo.Loop, Any]] = []
+    update = ppo.Loop.update
+
+    def spy(self: ppo.Loop, rollout: Any, kl: float) -> Any:
+        kept.append((self, rollout))
+        return update(self, rollout, kl)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.Loop, "update", spy)
+        train(run, policy, COUNT_B, **SHORT, roles=roles, **(LORA if roles == "adapters" else {}), **changes)
+    return kept[-1]
+
+
+def gradients(loop: ppo.Loop, rollout: Any, tokens: int) -> dict[str, list[torch.Tensor]]:
+    for parameters in loop.roles.trained.values():
+        for parameter in parameters:
+            parameter.grad = None
+    object.__setattr__(loop.args, "micro_batch_tokens", tokens)
+    loop.backward(rollout, list(range(len(rollout.response_ids))))
+    return {
+        name: [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        for name, parameters in loop.roles.trained.items()
+    }
+
+
+@pytest.mark.parametrize("roles", ROLES)
+def test_gradients_are_those_of_the_losses_by_finite_differences(policy: Path, tmp_path: Path, roles: str) -> None:
+    """Along random directions of each role's parameters the loss changes as its gradient says."""
+    loop, rollout = captured(policy, tmp_path / "run", roles)
+    for name, value in (("vf_coef", 1.0), ("clip_range", 99.0), ("value_clip_range", 99.0)):  # a smooth loss
+        object.__setattr__(loop.args, name, value)
+    found = gradients(loop, rollout, 10_000)
+    everything = list(range(len(rollout.response_ids)))
+
+    def total() -> float:
+        figures = loop.backward(rollout, everything)
+        return figures["policy_loss"] + figures["value_loss"]
+
+    for name, parameters in loop.roles.trained.items():
+        assert sum(g.abs().sum().item() for g in found[name]) > 1e-4, f"{name} learns"
+        torch.manual_seed(1)
+        direction = [torch.randn_like(p) for p in parameters]
+        slope = sum((g * d).sum().item() for g, d in zip(found[name], direction, strict=True))
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, d in zip(parameters, direction, strict=True):
+                    p.add_(sign * 1e-3 * d)
+            losses.append(total())
+            with torch.no_grad():
+                for p, d in zip(parameters, direction, strict=True):
+                    p.sub_(sign * 1e-3 * d)
+        assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(slope, rel=0.05, abs=2e-3), name
+
+
+@pytest.mark.parametrize("roles", ROLES)
+def test_micro_batches_do_not_change_any_roles_gradient(policy: Path, tmp_path: Path, roles: str) -> None:
+    """Adapters are switched between micro-batches: the sums must still be those of one pass."""
+    loop, rollout = captured(policy, tmp_path / "run", roles)
+    whole, cut = (gradients(loop, rollout, tokens) for tokens in (10_000, 20))
+    for name in whole:
+        one, two = (torch.cat([g.flatten() for g in found[name]]) for found in (whole, cut))
+        assert one.norm() > 0
+        assert ((one - two).norm() / one.norm()).item() < 1e-4, name
+
+
+def test_adapters_train_nothing_but_themselves(policy: Path, tmp_path: Path) -> None:
+    loop, _ = captured(policy, tmp_path / "run", "adapters")
+    roles: Any = loop.roles
+    original = load_causal_lm(str(policy)).state_dict()
+    base = {
+        name.replace(".base_layer", ""): p for name, p in roles.policy.model.named_parameters() if "lora_" not in name
+    }
+    assert all(torch.equal(original[name], p) and p.grad is None for name, p in base.items() if name in original)
+    assert len(base) >= 10
+    for adapter in ("default", "value"):  # LoRA's B starts at 0
+        moved = [p for name, p in roles.peft.named_parameters() if f"lora_B.{adapter}." in name]
+        assert moved
+        assert all(p.abs().max() > 0 for p in moved), f"{adapter} learns"
+    trainable = {id(p) for parameters in roles.trained.values() for p in parameters}
+    assert all(p.requires_grad == (id(p) in trainable) for p in roles.peft.parameters())
+    adapter = tmp_path / "run" / "out" / "adapter" / "adapter_config.json"
+    assert json.loads(adapter.read_text())["r"] == 4
+
+
+def test_the_reference_of_adapters_is_the_base(policy: Path, tmp_path: Path) -> None:
+    loop, _ = captured(policy, tmp_path / "run", "adapters")
+    batch = loop.tensors([[3, 7, 4]], [[6, 7, 1]])
+    measured = loop.roles.measure(batch, with_values=True)
+    with torch.no_grad():
+        logits = load_causal_lm(str(policy))(input_ids=batch["input_ids"]).logits[0, 2:-1]
+    logits[:, [0, 2, 3, 4, 5]] = float("-inf")
+    expected = torch.log_softmax(logits, -1)[range(3), [6, 7, 1]]
+    torch.testing.assert_close(measured["ref_logprobs"][0], expected, atol=1e-5, rtol=1e-5)
+    assert (measured["logprobs"] - measured["ref_logprobs"]).abs().max() > 1e-3
+    with loop.roles.sampler("reference") as model, torch.no_grad():
+        again = model(input_ids=batch["input_ids"]).logits[0, 2:-1]
+    again[:, [0, 2, 3, 4, 5]] = float("-inf")
+    torch.testing.assert_close(torch.log_softmax(again, -1)[range(3), [6, 7, 1]], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_adapters_on_a_quantised_base(policy: Path, tmp_path: Path, quantization: str) -> None:
+    """The policy moves, the output is fp32 with the adapter merged into the unrounded base."""
+    record = train(
+        tmp_path / "run", policy, COUNT_B, **{**SHORT, "learning_rate": 3e-2}, roles="adapters", quantization=quantization,
+        **LORA,
+    )  # fmt: skip
+    assert record["metrics"]["kl"] > 0.01
+    saved = load_causal_lm(str(tmp_path / "run" / "out"))
+    assert {p.dtype for p in saved.parameters()} == {torch.float32}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "out" / "history.jsonl").read_text().splitlines()]
+    assert all(row["policy_grad_norm"] > 0 for row in rows if "policy_grad_norm" in row)
+    assert rows[-1]["value_grad_norm"] > 0
+
+
+# ---------------------------------------------------------------------------------------------- a reward that is an adapter
+
+
+def train_reward(folder: Path, parent: Path, lora: bool) -> Path:
+    data = folder / "rankings.jsonl"
+    folder.mkdir()
+    data.write_text(
+        "".join(
+            json.dumps(
+                {"prompt": "abcd"[i % 4] * (1 + i % 3), "chosen": "b" * (1 + i % 3), "rejected": "ca"[: 1 + i % 2]}
+            )
+            + "\n"
+            for i in range(64)
+        )
+    )
+    recipe: dict[str, Any] = {
+        "parent": str(parent), "output_dir": str(folder / "out"), "datasets": [{"path": str(data)}], "held_out_fraction": 0.3,
+        "precision": "fp32", "threads": 1, "quiet": True, "max_tokens": 32, "examples_per_step": 8, "max_steps": 6,
+        "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 100,
+    }  # fmt: skip
+    path = folder / "reward.yaml"
+    path.write_text(yaml.safe_dump(recipe | (LORA if lora else {})))
+    launch("reward", STAGES["reward"], reward.main, ["--config", str(path)])
+    return folder / "out"
+
+
+def ppo_against(run: Path, policy: Path, reward_path: Path, **changes: Any) -> ppo.Loop:
+    kept: list[ppo.Loop] = []
+    start = ppo.Loop.__init__
+
+    def remember(self: ppo.Loop, *args: Any) -> None:
+        start(self, *args)
+        kept.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.Loop, "__init__", remember)
+        train(run, policy, COUNT_B, **{**SHORT, "reward": str(reward_path), **changes})
+    return kept[0]
+
+
+def test_a_reward_adapter_shares_the_base(policy: Path, tmp_path: Path) -> None:
+    """Its scores are those of the merged reward model; the value adapter starts from it (S20) and the reward stays."""
+    folder = train_reward(tmp_path / "reward", policy, lora=True)
+    merged: Any = load_scalar_model(str(folder))
+    ids = [[3, 7, 4, 6, 7, 1], [3, 8, 4, 9, 1]]
+    expected = score_ids(merged, ids, 0)
+    start = ppo.Loop.collect
+    values: list[torch.Tensor] = []
+
+    def spy(self: ppo.Loop, *args: Any) -> Any:
+        if not values:
+            roles: Any = self.roles
+            torch.testing.assert_close(score_ids(roles.reward, ids, 0), expected, atol=1e-4, rtol=1e-4)
+            batch = self.tensors([[3, 7, 4], [3, 8, 4]], [[6, 7, 1], [9, 1]])
+            values.append(self.roles.measure(batch, True)["values"])
+        return start(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.Loop, "collect", spy)
+        loop = ppo_against(tmp_path / "run", policy, folder, roles="adapters", score_position="after", **LORA)
+    # A17: the value at the EOS state is the raw score.
+    torch.testing.assert_close(values[0][[0, 1], [3, 2]], expected, atol=1e-4, rtol=1e-4)
+    roles: Any = loop.roles
+    torch.testing.assert_close(score_ids(roles.reward, ids, 0), expected, atol=1e-4, rtol=1e-4)
+    assert (loop.roles.measure(loop.tensors([[3, 7, 4]], [[6, 7, 1]]), True)["values"][0, 3] - expected[0]).abs() > 1e-4
+
+
+def test_a17_the_value_at_the_eos_state_is_the_score(policy: Path, tmp_path: Path) -> None:
+    folder = train_reward(tmp_path / "reward", policy, lora=False)
+    start, found = ppo.Loop.collect, []
+
+    def spy(self: ppo.Loop, *args: Any) -> Any:
+        if not found:
+            batch = self.tensors([[3, 7, 4], [3, 8, 4]], [[6, 7, 1], [9, 1]])
+            values = self.roles.measure(batch, True)["values"]
+            scores = score_ids(load_scalar_model(str(folder)), [[3, 7, 4, 6, 7, 1], [3, 8, 4, 9, 1]], 0)
+            found.append((values[[0, 1], [3, 2]], scores))
+        return start(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.Loop, "collect", spy)
+        ppo_against(tmp_path / "run", policy, folder, score_position="after", total_rollouts=1)
+    torch.testing.assert_close(*found[0], atol=1e-5, rtol=1e-5)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], run: Path, policy: Path, **changes: Any) -> str:
+    with pytest.raises(SystemExit) as caught:
+        train(run, policy, COUNT_B, **{**SHORT, **changes})
+    assert caught.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_adapters_refuse_a_reward_of_another_base(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_policy(tmp_path / "other", "abcd", seed=9)
+    folder = train_reward(tmp_path / "reward", other, lora=True)
+    line = refusal(capsys, tmp_path / "run", policy, reward=str(folder), roles="adapters", **LORA)
+    assert "was trained on another base than the policy" in line
+    assert "say `roles: separate`" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"roles": "adapters"}, "go together, e.g. lora"),
+        ({**LORA}, "go together, e.g. lora"),
+        ({"quantization": "4bit"}, "quantization needs `roles: adapters`"),
+        ({"kl_estimator": "k3"}, "k3 inside the reward has the gradient of another divergence"),
+        ({"ptx_coef": 27.8}, "ptx_coef and ptx_datasets go together"),
+        ({"best_metric": "gold", "eval_rollouts": 1}, "no evaluation measures 'gold'; one of score"),
+        ({"best_metric": "score"}, "best_metric and stop_kl look at evaluations"),
+        ({"patience": 3}, "patience counts evaluations without a new best"),
+        ({"value_warmup_rollouts": 4}, "leaves no rollout for the policy"),
+        ({"roles": "shared_trunk", "value_init": "reward"}, "value_init: reward needs a reward model"),
+        ({"minibatches": 5}, "must divide prompts_per_rollout"),
+        ({"max_prompt_tokens": 63}, "exceed the model's context of 64"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], says: str
+) -> None:
+    assert says in refusal(capsys, tmp_path / "run", policy, **changes)
+    assert not (tmp_path / "run" / "out" / "model.safetensors").exists()
+
+
+def test_a_base_is_not_overwritten(policy: Path, tmp_path: Path) -> None:
+    """Whatever the roles, the parent's folder stays as it was."""
+    copy = tmp_path / "copy"
+    shutil.copytree(policy, copy)
+    for roles in ROLES:
+        captured(policy, tmp_path / roles, roles)
+    assert {p.name: p.read_bytes() for p in policy.iterdir()} == {p.name: p.read_bytes() for p in copy.iterdir()}
