@@ -27,6 +27,7 @@ from pipeline.algorithms.masking import masked_sum
 from pipeline.algorithms.ppo import RunningMoments, missing_eos_scores, policy_losses, value_losses
 from pipeline.algorithms.schedules import lr_factor
 from pipeline.config.arguments import PPOArguments
+from pipeline.config.functions import import_function, source_sha256
 from pipeline.data.batching import endless, microbatches, seeded_order
 from pipeline.data.collators import BlockCollator, right_pad
 from pipeline.data.encoding import IGNORE, ChatEncoder, document_ids, forbidden_ids
@@ -47,16 +48,7 @@ from pipeline.models.lora import read_adapter
 from pipeline.models.networks import AdapterRoles, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
 from pipeline.models.packed import Batch, lay_out, prepare, worth_on
 from pipeline.models.reward_model import load_scalar_model
-from pipeline.rollout.rewards import (
-    DISAGREEMENT,
-    Scorer,
-    build_scorer,
-    call_function,
-    identity,
-    import_function,
-    judge_labels,
-    source_sha256,
-)
+from pipeline.rollout.rewards import DISAGREEMENT, Scorer, build_scorer, call_function, identity, judge_labels
 from pipeline.rollout.rollout import (
     LocalEngine,
     Rollout,
@@ -81,7 +73,6 @@ logger = logging.getLogger("pipeline.ppo")  # __name__ is __main__ under acceler
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 EVALUATION = 2**31  # seeds of evaluation samples lie apart from those of training
 BEST = "best.pt"
-BUCKET = 2**23  # gradients in one exchange between processes
 POLICY_FIGURES = ("policy_loss", "clip_fraction", "entropy", "ratio", "update_kl")
 VALUE_FIGURES = ("value_loss", "value_clip_fraction")
 SHOWN = 3  # sample answers in the log at an evaluation
@@ -407,10 +398,10 @@ class Loop:
         """Sample, score and prepare one rollout; every process gets the whole of it."""
         start = time.perf_counter()
         uniforms = row_uniforms(seed * 1_000_003 + number, range(len(records)), self.args.max_response_tokens)
-        mine = list(range(len(records)))[self.run.rank :: self.run.processes]
+        mine = list(range(len(records)))[self.run.processes.rank :: self.run.processes.count]
         responses = self.sample("policy", records, mine, uniforms)
         generated = time.perf_counter()
-        answers = self.run.gather(lambda: self.answers(records, mine, responses, with_values=True))
+        answers = self.run.processes.gather(lambda: self.answers(records, mine, responses, with_values=True))
         answers.sort(key=lambda answer: answer["row"])
         rollout = self.assemble(records, answers)
         figures = {"score": self.scores(answers).mean().item(), **rollout_figures(rollout)}
@@ -459,7 +450,7 @@ class Loop:
                 n = len(responses[i])
                 answers[i] |= {name: rows[k][: n + int(extra and name == "values")] for name, rows in found.items()}
         size = self.roles.parameters
-        self.state.flops += 2.0 * sum(lengths) * self.run.processes * sum(size.values())
+        self.state.flops += 2.0 * sum(lengths) * self.run.processes.count * sum(size.values())
         return answers
 
     def assemble(self, records: list[Record], answers: list[dict[str, Any]]) -> Rollout:
@@ -555,7 +546,7 @@ class Loop:
         figures = self.backward(rollout, rows, train_policy)
         if self.blocks and train_policy:
             figures["ptx_loss"] = self.ptx_backward(len(rows))
-        self.sum_gradients(trained)
+        self.run.processes.sum_gradients(p for name in trained for p in self.roles.trained[name])
         if not all(map(math.isfinite, figures.values())):
             self.refuse_nonfinite(rollout, rows, "the loss")
         for name in trained:
@@ -582,7 +573,7 @@ class Loop:
         kl_loss_coef = 0.0
         if args.kl_estimator == "k2":  # in the units that whitening gave the advantages
             kl_loss_coef = self.state.kl_coef / ((rollout.advantage_std + 1e-8) if args.whiten_advantages else 1.0)
-        mine = rows[self.run.rank :: self.run.processes]
+        mine = rows[self.run.processes.rank :: self.run.processes.count]
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         sums: dict[str, float] = {}
         largest = 0.0
@@ -599,7 +590,8 @@ class Loop:
                 sums |= {name: sums.get(name, 0.0) + share for name, share in shares.items()}
         names = (*(POLICY_FIGURES if train_policy else ()), *VALUE_FIGURES)
         totals = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
-        totals, largest = self.reduce(totals, largest)
+        totals = self.run.processes.sum(totals)
+        largest = self.run.processes.max(torch.tensor([largest], dtype=torch.float64)).item()
         trained = self.roles.parameters["policy"] * train_policy + self.roles.parameters["value"]
         self.state.flops += 6.0 * sum(lengths[i] for i in rows) * trained
         figures = dict(zip(names, totals.tolist(), strict=True))
@@ -650,7 +642,7 @@ class Loop:
         chosen = endless(len(self.blocks), self.state.policy_steps * number, number, args.seed + 1)
         collate = BlockCollator(self.encoder.tokenizer.pad_token_id)
         tokens = int((collate([self.blocks[i] for i in chosen])["labels"][:, 1:] != IGNORE).sum())
-        mine = chosen[self.run.rank :: self.run.processes]
+        mine = chosen[self.run.processes.rank :: self.run.processes.count]
         total = torch.zeros(1, dtype=torch.float64)
         for group in microbatches([len(b["input_ids"]) for b in self.blocks], mine, args.micro_batch_tokens):
             batch = {k: v.to(self.accelerator.device) for k, v in collate([self.blocks[i] for i in group]).items()}
@@ -659,35 +651,7 @@ class Loop:
             (args.ptx_coef * nll / tokens).backward()
             total += nll.detach().double().cpu()
         self.state.flops += 6.0 * tokens * self.roles.parameters["policy"]
-        return self.reduce(total / tokens, 0.0)[0].item()
-
-    def sum_gradients(self, trained: tuple[str, ...]) -> None:
-        """Add the gradients of all processes, many in one exchange: losses are parts of one mean already."""
-        if self.run.processes == 1:
-            return
-        buckets: list[list[Tensor]] = [[]]
-        for parameter in (p for name in trained for p in self.roles.trained[name]):
-            if parameter.grad is None:  # no row of this minibatch fell to this process
-                parameter.grad = torch.zeros_like(parameter)
-            if sum(gradient.numel() for gradient in buckets[-1]) + parameter.numel() > BUCKET:
-                buckets.append([])
-            buckets[-1].append(parameter.grad)
-        work = []
-        for bucket in filter(None, buckets):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            work.append((bucket, flat, torch.distributed.all_reduce(flat, async_op=True)))
-        for bucket, flat, exchange in work:
-            exchange.wait()
-            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(summed.view_as(gradient))
-
-    def reduce(self, totals: Tensor, largest: float) -> tuple[Tensor, float]:
-        """Sums and a maximum over processes."""
-        if self.run.processes == 1:
-            return totals, largest
-        mine = torch.cat([totals, torch.tensor([largest], dtype=torch.float64)])[None]
-        gathered = self.accelerator.gather(mine.to(self.accelerator.device)).cpu()
-        return gathered[:, :-1].sum(0), gathered[:, -1].max().item()
+        return self.run.processes.sum(total / tokens).item()
 
     def refuse_nonfinite(self, rollout: Rollout, rows: list[int], what: str) -> None:
         path = Path(self.args.output_dir) / "nonfinite_batch.pt"
@@ -755,17 +719,17 @@ class Loop:
         """Back to the best evaluation's networks, where the recipe asks for that."""
         if self.state.best_rollout is None:
             return
-        self.run.barrier()
+        self.run.processes.barrier()
         path = Path(self.args.output_dir) / BEST
         self.roles.load_state(torch.load(path, map_location="cpu", weights_only=True))
-        self.run.barrier()
+        self.run.processes.barrier()
         if self.run.is_main:
             path.unlink()
 
     def evaluate(self, records: list[Record]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Held-out prompts answered by policy and reference with the same random numbers: score, KL, length, samples."""
         uniforms = row_uniforms(EVALUATION + self.args.seed, range(len(records)), self.args.max_response_tokens)
-        mine = list(range(len(records)))[self.run.rank :: self.run.processes]
+        mine = list(range(len(records)))[self.run.processes.rank :: self.run.processes.count]
         flops = self.state.flops  # evaluation is no training
         found = {}
         for role in ("policy", "reference"):
@@ -773,7 +737,7 @@ class Loop:
                 found[role] = self.reference_answers[len(records)]
                 continue
             responses = self.sample(role, records, mine, uniforms)
-            answers = self.run.gather(partial(self.answers, records, mine, responses, with_values=False))
+            answers = self.run.processes.gather(partial(self.answers, records, mine, responses, with_values=False))
             found[role] = sorted(answers, key=lambda answer: answer["row"])
         self.reference_answers[len(records)] = found["reference"]
         self.state.flops = flops
@@ -827,7 +791,7 @@ class Loop:
                 write_json(folder / "state.json", asdict(self.state))
                 self.run.output.seal(folder)
             self.run.output.prune(self.args.keep_checkpoints)
-        self.run.barrier()
+        self.run.processes.barrier()
 
     def load(self, checkpoint: Path) -> None:
         saved = torch.load(checkpoint / "tensors.pt", map_location="cpu", weights_only=True)
@@ -837,8 +801,8 @@ class Loop:
         if self.ema is not None:
             for average, tensor in zip(self.ema, saved["ema"], strict=True):
                 average.copy_(tensor)
-        if len(saved["random"]) == self.run.processes:
-            torch.set_rng_state(saved["random"][self.run.rank])
+        if len(saved["random"]) == self.run.processes.count:
+            torch.set_rng_state(saved["random"][self.run.processes.rank])
 
     def save_final(self, folder: Path) -> None:
         model = self.roles.policy.model

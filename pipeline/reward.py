@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.algorithms.preference import ranking_loss
 from pipeline.config.arguments import RewardArguments
+from pipeline.config.functions import import_function, source_sha256
 from pipeline.data.arrow_storage import SpooledRecords, arrow_rows
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
@@ -37,7 +38,6 @@ from pipeline.models.loading import (
 )
 from pipeline.models.lora import lora_config, save_merged, scale_adapter_head
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
-from pipeline.rollout.rewards import import_function, source_sha256
 from pipeline.rollout.rollout import LocalEngine, row_uniforms
 from pipeline.training.output import tokenizer_hashes, verify_parent
 from pipeline.training.stage import Run, launch, refuse_sharded
@@ -130,7 +130,7 @@ def main(run: Run[RewardArguments]) -> None:
     elif run.is_main:
         trained = trainer.accelerator.unwrap_model(trainer.model)
         save_merged(trained, load_scalar_model(parent.path), tokenizer, Path(args.output_dir))
-    run.barrier()
+    run.processes.barrier()
     final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
     if run.is_main:
         scale = _unit_variance(final, encoder, parent.path, sources, split, args)

@@ -8,13 +8,13 @@ from typing import Any
 
 from pipeline.config import arguments
 from pipeline.config.arguments import KINDS, STAGES, recipe_stages
+from pipeline.config.functions import import_from, import_function
 from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, read_sources
 from pipeline.errors import UserError
 from pipeline.models.loading import assign_template, load_tokenizer
 from pipeline.models.tokenizer_training import train_tokenizer
-from pipeline.rollout.rewards import import_from, import_function
 from pipeline.training.output import verify_parent
 
 from rich.console import Console

@@ -319,7 +319,7 @@ def _body(name: str) -> Callable[[Any], None]:
 
 
 def _child(name: str, body: Any, config: Path, folder: Path, error_file: Path, log: Path) -> None:
-    from pipeline.rollout.rewards import import_from
+    from pipeline.config.functions import import_from
     from pipeline.training.stage import launch
 
     with log.open("w", encoding="utf-8") as out:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.arguments import STAGES, DatasetEntry, RewardSource
+from pipeline.config.functions import import_from, import_function
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import ChatEncoder, document_ids, forbidden_ids
 from pipeline.data.packing import pack_documents
@@ -19,7 +20,6 @@ from pipeline.data.records import PARSERS, Record, read_jsonl
 from pipeline.data.sources import digest_of, files_of, read_sources, split_texts
 from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError
-from pipeline.evaluation.language import token_nll
 from pipeline.evaluation.llm_judge import Judge, compare_answers, judge_from
 from pipeline.evaluation.lm_eval_tasks import require_lm_eval, task_scores
 from pipeline.evaluation.metrics import DistinctN, Perplexity, Repetition, WinRate
@@ -28,9 +28,10 @@ from pipeline.evaluation.plots import lineage_plot
 from pipeline.evaluation.preference import length_controlled
 from pipeline.evaluation.report_page import draw, render, summary
 from pipeline.models.loading import load_causal_lm, load_tokenizer
+from pipeline.models.token_nll import token_nll
 from pipeline.planning.devices import energy
 from pipeline.rollout.best_of_n import best_of_each, best_of_n, kl_bound
-from pipeline.rollout.rewards import Scorer, build_scorer, call_function, import_from, import_function, judge_labels
+from pipeline.rollout.rewards import Scorer, build_scorer, call_function, judge_labels
 from pipeline.rollout.rollout import LocalEngine, row_uniforms
 from pipeline.training.output import read_lineage, tokenizer_hashes, weights_sha256, write_json
 

@@ -5,16 +5,13 @@ score(["How do I boil an egg?"], ["For eight minutes."], "runs/demo/reward")
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.config.functions import RewardFunction, import_function, source_sha256
 from pipeline.data.encoding import ChatEncoder, Message
-from pipeline.data.hashing import sha256_file
 from pipeline.errors import UserError, shorten
 from pipeline.models.loading import hold_in_bf16, load_tokenizer, require_pad, set_pad
 from pipeline.models.packed import prepare
@@ -24,8 +21,6 @@ from pipeline.training.output import Parent, tokenizer_hashes, verify_parent
 import torch
 from torch import Tensor
 
-RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
-ROOT = Path(__file__).resolve().parent.parent.parent
 DISAGREEMENT = "disagreement"
 
 
@@ -214,38 +209,6 @@ def call_function(
         if not isinstance(value, int | float):
             raise UserError(f"reward function {name!r} returned {shorten(value)} for row {index}; a number is needed")
     return [float(value) for value in values]
-
-
-def import_function(name: str) -> RewardFunction:
-    """`module:function`, looked for in the recipe's folder, the current folder, and those of the recipes that ship."""
-    module_name, _, attribute = name.partition(":")
-    import_from(Path.cwd(), *sorted({file.parent for file in (ROOT / "recipes").glob("*/*.py")}))
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"function {name!r}: module {module_name!r} cannot be imported ({error}); "
-            "put it in the recipe's folder, the current folder or an installed package"
-        ) from error
-    except Exception as error:  # the user's own module, whatever it raises
-        raise UserError(f"function {name!r}: module {module_name!r} fails when it is imported: {error!r}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f"function {name!r}: {module_name!r} has no function {attribute!r}")
-    return function  # type: ignore[no-any-return]
-
-
-def import_from(*folders: Path) -> None:
-    """Make the folders' modules importable, after whatever is so already."""
-    for folder in folders:
-        if str(folder.resolve()) not in sys.path:
-            sys.path.append(str(folder.resolve()))
-
-
-def source_sha256(function: RewardFunction) -> str | None:
-    """Hash of the file that a function comes from: another file is another reward."""
-    file = getattr(sys.modules.get(function.__module__), "__file__", None)
-    return sha256_file(Path(file)) if file and Path(file).is_file() else None
 
 
 def judge_labels(names: Sequence[str]) -> dict[str, str]:

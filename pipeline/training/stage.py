@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pipeline.config import arguments
+from pipeline.config.functions import import_from
 from pipeline.errors import UserError
-from pipeline.rollout.rewards import import_from
 from pipeline.training import trackers
 from pipeline.training.output import StageOutput, write_json
+from pipeline.training.processes import Processes
 
 import yaml
 
@@ -57,36 +58,19 @@ class Run(Generic[Arguments]):
     args: Arguments
     output: StageOutput
     interruption: Interruption
-    rank: int = 0
-    processes: int = 1
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return self.processes.is_main
 
     @property
     def show_progress(self) -> bool:
         return self.is_main and not self.args.quiet and on_terminal()
 
-    def barrier(self) -> None:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
-
-    def any_process(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-        if self.processes == 1:
-            return flag
-        import torch
-        from accelerate import PartialState
-
-        value = torch.tensor([float(flag)], device=PartialState().device)
-        torch.distributed.all_reduce(value)
-        return bool(value.item() > 0)
-
     def interrupted(self) -> bool:
         """Whether any process got a signal; the same answer in all of them."""
-        got = self.any_process(self.interruption.signal is not None)
+        got = self.processes.any(self.interruption.signal is not None)
         if got and self.interruption.signal is None:
             self.interruption.signal = signal.SIGTERM
         return got
@@ -94,37 +78,21 @@ class Run(Generic[Arguments]):
     def leave_interrupted(self) -> typing.NoReturn:
         number = self.interruption.signal or signal.SIGTERM
         if self.is_main:
-            command = f": {command_line()}" if self.processes == 1 else ""
+            command = f": {command_line()}" if self.processes.count == 1 else ""
             print(f"{self.name}: interrupted; run the same command again to resume{command}", flush=True)
         raise SystemExit(128 + number)
 
-    def gather(self, compute: Callable[[], list[Any]]) -> list[Any]:
-        """What every process computes, joined, in all of them; one process's UserError is raised in all of them."""
-        from accelerate.utils import gather_object
-
-        try:
-            mine = compute()
-        except UserError as error:
-            if self.processes == 1:
-                raise
-            mine = [error]
-        everything: list[Any] = gather_object(mine)
-        for found in everything:
-            if isinstance(found, UserError):
-                raise found
-        return everything
-
     def already_done(self) -> bool:
         """Whether the output is complete for these inputs; says so. Rank 0 looks, all know."""
-        (done,) = self.gather(lambda: [self.output.finished()] if self.is_main else [])
+        done = self.processes.from_main(self.output.finished)
         if done and self.is_main:
             print(f"{self.name}: already complete in {self.output.folder} for the same inputs", flush=True)
-        return bool(done)
+        return done
 
     def begin(self, checkpoint: Path | None) -> list[int]:
         """Start at `checkpoint`, or at nothing; returns the steps at which this run was resumed."""
-        self.barrier()  # all have found the checkpoint before broken ones go
-        steps: list[int] = self.gather(lambda: self.output.begin(checkpoint) if self.is_main else [])
+        self.processes.barrier()  # all have found the checkpoint before broken ones go
+        steps = self.processes.from_main(lambda: self.output.begin(checkpoint))
         if checkpoint:
             logger.info("%s: resuming from %s", self.name, checkpoint.name)
         return steps
@@ -157,12 +125,12 @@ class Run(Generic[Arguments]):
                 "flops": flops,
                 "started": _iso(self.output.started),
                 "finished": _iso(time.time()),
-                "processes": self.processes,
+                "processes": self.processes.count,
                 "resumed_from": resumed_from,
             }
             self.output.finish(lineage, metrics)
             print(f"{self.name}: {summary} · {seconds:.0f} s · {self.output.folder}", flush=True)
-        self.barrier()
+        self.processes.barrier()
 
 
 def launch(
@@ -235,7 +203,7 @@ def _open(name: str, args: Arguments, config: Path | None, rank: int, held: cont
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a third of a step
     output = StageOutput(folder, name, arguments.as_dict(args), config=str(config) if config else None)
-    return Run(name, args, output, Interruption(), rank=state.process_index, processes=state.num_processes)
+    return Run(name, args, output, Interruption(), Processes.of_this_launch())
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 from pipeline.config.arguments import TrainerArguments
 from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
-from pipeline.evaluation.language import token_nll
 from pipeline.models.loading import resolve_precision
+from pipeline.models.token_nll import token_nll
 from pipeline.training import history
 from pipeline.training.stage import Run
 
@@ -90,7 +90,7 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
                 else f"is no field of {cls.__name__}"
             )
             raise UserError(f"trainer_options: {name!r} {why}; drop it")
-    device, steps = accumulation(args, run.processes)
+    device, steps = accumulation(args, run.processes.count)
     settings = dict(
         output_dir=args.output_dir,
         seed=args.seed,
@@ -166,13 +166,13 @@ class StageCallback(TrainerCallback):
         logger.info("%s step %d: %s", self.run.name, state.global_step, _short(row))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.run.barrier()  # every rank's files are there before the manifest says so
+        self.run.processes.barrier()  # every rank's files are there before the manifest says so
         if self.run.is_main:
             output = self.run.output
             output.seal(output.folder / f"checkpoint-{state.global_step}")
             best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
             output.prune(self.run.args.keep_checkpoints, also=best)
-        self.run.barrier()
+        self.run.processes.barrier()
 
 
 def _short(row: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pipeline.config.arguments import DatasetEntry, PPOArguments, RewardSource
 from pipeline.models.networks import Batch, Roles
 from pipeline.ppo import Loop, State
 from pipeline.rollout.rollout import rollout_figures
+from pipeline.training.processes import Processes
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def world(seed: int, width: int) -> dict[str, Any]:
 
 
 def loop_of(args: PPOArguments, data: dict[str, Any]) -> Loop:
-    run: Any = SimpleNamespace(args=args, rank=0, processes=1, is_main=True)
+    run: Any = SimpleNamespace(args=args, processes=Processes(), is_main=True)
     encoder: Any = SimpleNamespace(eos_id=STOP, tokenizer=SimpleNamespace(pad_token_id=0))
     accelerator: Any = SimpleNamespace(device=torch.device("cpu"))
     roles = TableRoles(data["new"], data["new_values"])
