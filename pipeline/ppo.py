@@ -10,7 +10,6 @@ gradients are sums over tokens, added over processes before each step.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -30,24 +29,19 @@ from pipeline.config.arguments import PPOArguments
 from pipeline.config.functions import import_function, source_sha256
 from pipeline.data.batching import endless, microbatches, seeded_order
 from pipeline.data.collators import BlockCollator, right_pad
-from pipeline.data.encoding import IGNORE, ChatEncoder, document_ids, forbidden_ids
+from pipeline.data.encoding import IGNORE, ChatEncoder, document_ids
 from pipeline.data.packing import Block, pack_documents
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.splits import split_records, spread
 from pipeline.errors import UserError, shorten
-from pipeline.models.loading import (
-    hold_in_bf16,
-    load_causal_lm,
-    load_tokenizer,
-    refuse_beyond_context,
-    require_pad,
-    resolve_precision,
-)
+from pipeline.models.loading import load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import read_adapter
 from pipeline.models.networks import AdapterRoles, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
 from pipeline.models.packed import Batch, lay_out, prepare, worth_on
+from pipeline.models.precision import cast_frozen_linears_to_bf16, device_plan
 from pipeline.models.reward_model import load_scalar_model
+from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, require_pad, stop_token_ids
 from pipeline.rollout.rewards import DISAGREEMENT, Scorer, build_scorer, call_function, identity, judge_labels
 from pipeline.rollout.rollout import (
     LocalEngine,
@@ -130,7 +124,7 @@ def main(run: Run[PPOArguments]) -> None:
     set_seed(args.seed)
     roles = build_roles(args, parent, reward_parents, encoder, accelerator.device)
     loaded = {roles.reward_path: roles.reward} if isinstance(roles, AdapterRoles) and roles.reward else {}
-    bf16 = resolve_precision(args.precision)
+    bf16 = device_plan(accelerator.device.type, args.precision).bf16
     scorer = build_scorer(args.reward, encoder, accelerator.device, loaded, args.ensemble, args.ensemble_penalty, bf16)
     loop = Loop(run, accelerator, roles, encoder, scorer, judges, blocks, state)
     if checkpoint:
@@ -284,16 +278,12 @@ def build_roles(
     args: PPOArguments, parent: Parent, rewards: list[Parent], encoder: ChatEncoder, device: torch.device
 ) -> Roles:
     """The networks of the recipe's `roles:`, checked against the recipe's lengths and stop tokens."""
-    stop_ids = stop_token_ids(args, encoder)
-    bf16 = resolve_precision(args.precision)
+    plan = device_plan(device.type, args.precision)
 
     def wrap(model: Any) -> PolicyModel:
-        never = forbidden_ids(encoder.tokenizer, model.get_output_embeddings().weight.shape[0])
-        forbidden = [token for token in never if token not in stop_ids]  # a special token may be a stop token
+        stop_ids = stop_token_ids(encoder, model.generation_config, args.stop_tokens)
+        forbidden = forbidden_token_ids(encoder.tokenizer, model.get_output_embeddings().weight.shape[0], stop_ids)
         return PolicyModel(model, args.temperature, forbidden).to(device)
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
     policy = load_causal_lm(parent.path, args.quantization)
     tokens = args.max_prompt_tokens + args.max_response_tokens
@@ -307,17 +297,17 @@ def build_roles(
         if args.value_init == "reward" and not init:
             raise UserError("value_init: reward with `roles: adapters` needs a reward model trained with `lora:`")
         roles = AdapterRoles(
-            policy, args.lora, wrap, autocast, parent.path, adapter.path if adapter else None, init
+            policy, args.lora, wrap, plan.autocast, parent.path, adapter.path if adapter else None, init
         ).to(device)
     elif args.roles == "shared_trunk":
-        roles = SharedTrunkRoles(policy, load_causal_lm(parent.path), wrap, autocast)
+        roles = SharedTrunkRoles(policy, load_causal_lm(parent.path), wrap, plan.autocast)
         roles.head.to(device)
     else:
         value = load_value(args, parent, rewards, encoder)
-        roles = SeparateRoles(policy, load_causal_lm(parent.path), value, wrap, autocast)
+        roles = SeparateRoles(policy, load_causal_lm(parent.path), value, wrap, plan.autocast)
         roles.value.to(device)
-    if bf16 and device.type != "cpu" and isinstance(roles, SeparateRoles | SharedTrunkRoles):
-        hold_in_bf16(roles.reference)  # a CPU samples in fp32
+    if plan.cast_frozen_to_bf16 and isinstance(roles, SeparateRoles | SharedTrunkRoles):
+        cast_frozen_linears_to_bf16(roles.reference)
     prepared = [prepare(model) for model in roles.networks()]
     roles.packed = all(prepared)
     if not roles.packed:
@@ -351,10 +341,6 @@ def load_value(args: PPOArguments, parent: Parent, rewards: list[Parent], encode
     return zero_value(parent.path, encoder.tokenizer.pad_token_id, args.seed)
 
 
-def stop_token_ids(args: PPOArguments, encoder: ChatEncoder) -> list[int]:
-    return [encoder.eos_id, *(_token_id(encoder, token) for token in args.stop_tokens)]
-
-
 class Loop:
     """What one rollout does with roles, scores and two optimizers; evaluation and state."""
 
@@ -372,7 +358,8 @@ class Loop:
         self.run, self.args, self.accelerator, self.roles = run, run.args, accelerator, roles
         self.encoder, self.scorer, self.judges, self.blocks, self.state = encoder, scorer, judges, blocks, state
         args = self.args
-        self.stop_ids = stop_token_ids(args, encoder)
+        config = roles.policy.model.generation_config
+        self.stop_ids = stop_token_ids(encoder, config, args.stop_tokens)
         self.engine = LocalEngine(
             args.max_response_tokens,
             self.stop_ids,
@@ -417,8 +404,7 @@ class Loop:
             return self.engine.responses(model, [records[i]["ids"] for i in rows], uniforms[rows])
 
     def sampling_precision(self) -> Any:
-        """A CPU samples in fp32 always: a token at a time, bf16 is slower there."""
-        return contextlib.nullcontext() if self.accelerator.device.type == "cpu" else self.roles.autocast()
+        return device_plan(self.accelerator.device.type, self.args.precision).sampling()
 
     @torch.no_grad()
     def answers(
@@ -829,13 +815,6 @@ class Loop:
                     parameter.copy_(weights)
             self.encoder.tokenizer.save_pretrained(folder / "ema")
             model.generation_config.save_pretrained(folder / "ema")
-
-
-def _token_id(encoder: ChatEncoder, token: str) -> int:
-    ids = encoder.tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise UserError(f"stop_tokens: {token!r} is {len(ids)} tokens of this tokenizer; a stop token is one")
-    return int(ids[0])
 
 
 def log(run: Run[PPOArguments], accelerator: Accelerator, rollout: int, figures: dict[str, float]) -> None:

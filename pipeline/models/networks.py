@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.algorithms.logprobs import CACHED_LOGITS, FEWEST_ROWS, LOGITS_BYTES, tempered_logits, token_logprobs
 from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
-from pipeline.models.loading import disable_dropout, load_causal_lm
+from pipeline.models.loading import disable_noise, load_causal_lm
 from pipeline.models.lora import lora_config, read_adapter
 from pipeline.models.packed import Batch, hidden_states
 from pipeline.models.reward_model import ValueModel, init_head, load_scalar_model, scalar_head, score_offset, set_offset
@@ -182,7 +182,7 @@ class SeparateRoles(Roles):
     ):
         super().__init__(autocast)
         for model in (policy, reference, value):
-            disable_dropout(model)
+            disable_noise(model)
         self.policy, self.value = wrap(policy).train(), ValueModel(value).train()
         self.reference = wrap(reference).eval().requires_grad_(False)
         self.trained = {"policy": list(self.policy.parameters()), "value": list(self.value.parameters())}
@@ -232,7 +232,7 @@ class SharedTrunkRoles(Roles):
     def __init__(self, policy: Any, reference: Any, wrap: Callable[[Any], PolicyModel], autocast: Callable[[], Any]):
         super().__init__(autocast)
         for model in (policy, reference):
-            disable_dropout(model)
+            disable_noise(model)
         self.policy = wrap(policy).train()
         self.reference = wrap(reference).eval().requires_grad_(False)
         self.head = _zero_head(policy)
@@ -307,7 +307,7 @@ class AdapterRoles(Roles):
         init_from_reward: bool,
     ):
         super().__init__(autocast)
-        disable_dropout(base)
+        disable_noise(base)
         self.base_path = base_path
         self.parameters = {name: _size(base) for name in ("policy", "reference", "value")}
         config = lora_config(base, options, "CAUSAL_LM")

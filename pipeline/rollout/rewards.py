@@ -13,9 +13,11 @@ from typing import Any, Protocol
 from pipeline.config.functions import RewardFunction, import_function, source_sha256
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
-from pipeline.models.loading import hold_in_bf16, load_tokenizer, require_pad, set_pad
+from pipeline.models.loading import set_pad
 from pipeline.models.packed import prepare
+from pipeline.models.precision import cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import load_scalar_model, refuse_other_heads, score_ids
+from pipeline.models.tokenizers import load_tokenizer, require_pad
 from pipeline.training.output import Parent, tokenizer_hashes, verify_parent
 
 import torch
@@ -128,7 +130,7 @@ def build_scorer(
 
     Args:
         loaded: models that are there already, by path.
-        autocast: it will be called under bf16 autocast alone (see `loading.hold_in_bf16`).
+        autocast: it will be called under bf16 autocast alone (see `precision.cast_frozen_linears_to_bf16`).
     """
     named = [source.model or source.function for source in sources]
     for name in named:
@@ -168,10 +170,10 @@ def _model_part(
         if hasattr(model, "score"):  # a decoder; an encoder needs its padding
             prepare(model)
         if autocast:
-            hold_in_bf16(model)
+            cast_frozen_linears_to_bf16(model)
     same_tokenizer = tokenizer_hashes(tokenizer) == tokenizer_hashes(encoder.tokenizer)
     own = ChatEncoder(tokenizer)
-    stops = {encoder.eos_id}
+    stops = {encoder.eos_id, encoder.end_id}
 
     def compute(prompts: Any, prompt_ids: Any, response_ids: Any, texts: list[str], rows: Any) -> Tensor:
         if same_tokenizer:

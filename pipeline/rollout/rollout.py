@@ -10,7 +10,8 @@ from pipeline.algorithms.kl import k1, k3
 from pipeline.algorithms.logprobs import sample_tokens, tempered_logits
 from pipeline.algorithms.masking import masked_mean, whiten
 from pipeline.algorithms.ppo import compute_gae, shape_rewards, value_mask_of
-from pipeline.data.encoding import forbidden_ids
+from pipeline.data.encoding import ChatEncoder
+from pipeline.models.tokenizers import forbidden_token_ids, stop_token_ids
 
 import torch
 from torch import Tensor
@@ -243,10 +244,11 @@ def generate(
 
 
 def greedy_responses(
-    model: Any, tokenizer: Any, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, rows: int = 64
+    model: Any, encoder: ChatEncoder, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, rows: int = 64
 ) -> list[list[int]]:
     """The most likely response to each prompt, in batches of `rows`."""
-    forbidden = forbidden_ids(tokenizer, model.config.get_text_config().vocab_size)
+    stop_ids = stop_token_ids(encoder, model.generation_config)
+    forbidden = forbidden_token_ids(encoder.tokenizer, model.config.get_text_config().vocab_size, stop_ids)
     responses: list[list[int]] = []
     for start in range(0, len(prompt_ids), rows):
         responses += generate(
@@ -254,8 +256,8 @@ def greedy_responses(
             prompt_ids[start : start + rows],
             None,
             max_new_tokens=max_new_tokens,
-            stop_ids=[tokenizer.eos_token_id],
-            pad_id=tokenizer.pad_token_id,
+            stop_ids=stop_ids,
+            pad_id=encoder.tokenizer.pad_token_id,
             forbidden=forbidden,
         )
     return responses
