@@ -15,8 +15,9 @@ from pipeline.data.packing import Block, pack_documents
 from pipeline.data.sources import Source, fingerprint, read_sources, split_texts
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import BitsPerByte, Perplexity
-from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, new_causal_lm, refuse_beyond_context
+from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond_context
 from pipeline.models.tokenizer_training import train_tokenizer
+from pipeline.models.tokenizers import assign_pad, load_tokenizer
 from pipeline.training.output import tokenizer_hashes, verify_parent
 from pipeline.training.stage import Run, launch
 from pipeline.training.trainer import (

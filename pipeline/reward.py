@@ -21,23 +21,16 @@ from pipeline.data.arrow_storage import SpooledRecords, arrow_rows
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
 from pipeline.data.comparisons import digest, pairs_of, sift, summary
-from pipeline.data.encoding import ChatEncoder, forbidden_ids
+from pipeline.data.encoding import ChatEncoder
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources, replace_records
 from pipeline.data.splits import is_held_out, labeler_folds
 from pipeline.errors import UserError
 from pipeline.evaluation.reward_model import measure
-from pipeline.models.loading import (
-    assign_pad,
-    assign_template,
-    disable_dropout,
-    fit_embeddings,
-    load_causal_lm,
-    load_tokenizer,
-    refuse_beyond_context,
-)
+from pipeline.models.loading import disable_noise, fit_embeddings, load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged, scale_adapter_head
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
+from pipeline.models.tokenizers import assign_pad, assign_template, forbidden_token_ids, load_tokenizer, stop_token_ids
 from pipeline.rollout.rollout import LocalEngine, row_uniforms
 from pipeline.training.output import tokenizer_hashes, verify_parent
 from pipeline.training.stage import Run, launch, refuse_sharded
@@ -92,7 +85,7 @@ def main(run: Run[RewardArguments]) -> None:
         std = init_head(model, args.head_std, args.seed)
         logger.info("reward: new head, weights from N(0, %.4f²)", std)
     if args.disable_dropout:
-        disable_dropout(model)
+        disable_noise(model)
     if args.epochs > 1:
         logger.warning("reward: %.3g epochs; comparisons overfit past the first (I22)", args.epochs)
 
@@ -396,14 +389,23 @@ def _unit_variance(
     answering = load_causal_lm(policy).to(next(model.parameters()).device).eval()
     tokenizer = encoder.tokenizer
     fit_embeddings(answering, len(tokenizer))
+    stop_ids = stop_token_ids(encoder, answering.generation_config)
     engine = LocalEngine(
         max_new_tokens=room,
-        stop_ids=[encoder.eos_id],
+        stop_ids=stop_ids,
         pad_id=tokenizer.pad_token_id,
-        forbidden=forbidden_ids(tokenizer, answering.config.get_text_config().vocab_size),
+        forbidden=forbidden_token_ids(tokenizer, answering.config.get_text_config().vocab_size, stop_ids),
     )
     answers = engine.responses(answering, ids, row_uniforms(args.seed, range(len(ids)), room))
-    std = score_ids(model, [p + a for p, a in zip(ids, answers, strict=True)], tokenizer.pad_token_id).std().item()
+    std = (
+        score_ids(
+            model,
+            [p + encoder.finished_ids(a, stop_ids) for p, a in zip(ids, answers, strict=True)],
+            tokenizer.pad_token_id,
+        )
+        .std()
+        .item()
+    )
     if not std > 0:
         raise UserError("unit_variance_samples: all answers of the parent score alike; leave the key out")
     scale_head(model, 1 / std)

@@ -17,8 +17,9 @@ from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.splits import split_records
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import Perplexity
-from pipeline.models.loading import assign_pad, assign_template, load_causal_lm, load_tokenizer, refuse_beyond_context
+from pipeline.models.loading import load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged
+from pipeline.models.tokenizers import assign_pad, assign_template, load_tokenizer
 from pipeline.rollout.rewards import Scorer, build_scorer, identity
 from pipeline.rollout.rollout import greedy_responses
 from pipeline.training.output import tokenizer_hashes, verify_parent
@@ -149,7 +150,7 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
         assert self.scorer is not None
         prompts = [r["messages"][:-1] for r in self.score_records]
         prompt_ids = [self.encoder.prompt_ids(prompt) for prompt in prompts]
-        rows = greedy_responses(self.model, self.encoder.tokenizer, prompt_ids, self.max_response_tokens)
+        rows = greedy_responses(self.model, self.encoder, prompt_ids, self.max_response_tokens)
         asked = [record["row"] for record in self.score_records]
         return float(self.scorer(prompts, prompt_ids, rows, asked).scores.mean())
 

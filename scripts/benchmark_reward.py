@@ -51,8 +51,9 @@ def child(args: argparse.Namespace) -> None:
     from pipeline.data.records import PARSERS, read_jsonl
     from pipeline.data.splits import split_records
     from pipeline.evaluation.reward_model import judge
-    from pipeline.models.loading import disable_dropout, load_tokenizer
+    from pipeline.models.loading import disable_noise
     from pipeline.models.reward_model import init_head, load_scalar_model
+    from pipeline.models.tokenizers import load_tokenizer
     from pipeline.reward import FEATURES, RankingTrainer, encode, tensors_only
 
     import datasets
@@ -76,7 +77,7 @@ def child(args: argparse.Namespace) -> None:
     model = load_scalar_model(args.parent)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     init_head(model, None, args.seed)
-    disable_dropout(model)
+    disable_noise(model)
     per_step = args.rankings_per_step if args.child == "ours" else round(args.rankings_per_step * pairs / len(rows))
     config = RewardConfig(
         output_dir=args.folder, seed=args.seed, data_seed=args.seed, per_device_train_batch_size=per_step,

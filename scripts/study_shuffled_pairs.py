@@ -21,8 +21,9 @@ from pipeline.data.encoding import ChatEncoder
 from pipeline.data.records import PARSERS, read_jsonl
 from pipeline.data.splits import split_records
 from pipeline.evaluation.reward_model import judge
-from pipeline.models.loading import disable_dropout, load_tokenizer
+from pipeline.models.loading import disable_noise
 from pipeline.models.reward_model import init_head, load_scalar_model
+from pipeline.models.tokenizers import load_tokenizer
 from pipeline.reward import FEATURES, RankingTrainer, encode, tensors_only
 
 import datasets
@@ -90,7 +91,7 @@ def main() -> None:
             model = load_scalar_model(args.parent)
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
             init_head(model, None, seed)
-            disable_dropout(model)
+            disable_noise(model)
             measure = Measure(test, tokenizer.pad_token_id)
             with tempfile.TemporaryDirectory() as folder:
                 config = RewardConfig(

@@ -13,8 +13,8 @@ from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, read_sources
 from pipeline.errors import UserError
-from pipeline.models.loading import assign_template, load_tokenizer
 from pipeline.models.tokenizer_training import train_tokenizer
+from pipeline.models.tokenizers import assign_template, load_tokenizer
 from pipeline.training.output import verify_parent
 
 from rich.console import Console

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
 from pipeline.evaluation.preference import bootstrap_interval, length_controlled
-from pipeline.models.loading import assign_template, load_causal_lm, load_tokenizer
+from pipeline.models.loading import load_causal_lm
+from pipeline.models.tokenizers import assign_template, load_tokenizer
 
 import httpx
 import numpy as np

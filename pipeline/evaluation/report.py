@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.arguments import STAGES, DatasetEntry, RewardSource
 from pipeline.config.functions import import_from, import_function
 from pipeline.data.collators import BlockCollator
-from pipeline.data.encoding import ChatEncoder, document_ids, forbidden_ids
+from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.packing import pack_documents
 from pipeline.data.records import PARSERS, Record, read_jsonl
 from pipeline.data.sources import digest_of, files_of, read_sources, split_texts
@@ -27,8 +27,9 @@ from pipeline.evaluation.over_optimisation import frontier, over_optimisation
 from pipeline.evaluation.plots import lineage_plot
 from pipeline.evaluation.preference import length_controlled
 from pipeline.evaluation.report_page import draw, render, summary
-from pipeline.models.loading import load_causal_lm, load_tokenizer
+from pipeline.models.loading import load_causal_lm
 from pipeline.models.token_nll import token_nll
+from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, stop_token_ids
 from pipeline.planning.devices import energy
 from pipeline.rollout.best_of_n import best_of_each, best_of_n, kl_bound
 from pipeline.rollout.rewards import Scorer, build_scorer, call_function, judge_labels
@@ -238,11 +239,12 @@ def answering(folder: Path, ppo_recipe: dict[str, Any]) -> tuple[Any, LocalEngin
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder = ChatEncoder(tokenizer)
     limit = ppo_recipe.get("max_response_tokens", 64)
+    stop_ids = stop_token_ids(encoder, model.generation_config, ppo_recipe.get("stop_tokens", []))
     engine = LocalEngine(
         limit,
-        [encoder.eos_id, *(encoder.text_ids(token)[0] for token in ppo_recipe.get("stop_tokens", []))],
+        stop_ids,
         tokenizer.pad_token_id,
-        forbidden_ids(tokenizer, model.get_output_embeddings().weight.shape[0]),
+        forbidden_token_ids(tokenizer, model.get_output_embeddings().weight.shape[0], stop_ids),
         ppo_recipe.get("temperature", 1.0),
         ppo_recipe.get("generation_rows", 64),
     )

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.models.language_model import LanguageModel
-from pipeline.models.loading import disable_dropout, load_causal_lm
+from pipeline.models.loading import disable_noise, load_causal_lm
 from pipeline.models.lora import lora_config, read_adapter
 from pipeline.models.networks import (
     Autocast,
@@ -72,7 +72,7 @@ class AdapterNetworks(Networks):
         self.reward: AdapterRewardModel | None = None
         if reward and reward_path:
             self._add_reward(reward_path, *reward, value_from_reward)
-        disable_dropout(self.peft)
+        disable_noise(self.peft)
         self.policy = wrap(self.peft.base_model.model).train()
         self._activate(POLICY)
         for parameter in self._parameters_of(POLICY) + self._parameters_of("value"):

@@ -11,12 +11,12 @@ from pipeline.data.encoding import ChatEncoder
 from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.language_model import LanguageModel
-from pipeline.models.loading import cast_frozen_linears_to_bf16, load_causal_lm, load_tokenizer, refuse_beyond_context
+from pipeline.models.loading import load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import read_adapter
 from pipeline.models.networks import Networks, SeparateNetworks, SharedBackboneNetworks, zero_value
-from pipeline.models.precision import DevicePlan
+from pipeline.models.precision import DevicePlan, cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import load_scalar_model
-from pipeline.models.tokenizers import forbidden_token_ids
+from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer
 from pipeline.models.trials import enable_packed_attention
 
 import torch

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from pipeline.data.encoding import ENCODER_TEMPLATE, PLAIN_TEMPLATE
 from pipeline.errors import UserError
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
-    return tokenizer
+# Parts of the names of rates of randomness in transformers' modules.
+NOISE = ("drop", "jitter", "router_noise")
 
 
 def load_causal_lm(path: str, quantization: str | None = None) -> PreTrainedModel:
@@ -100,14 +89,6 @@ def refuse_beyond_context(config: Any, tokens: int, key: str) -> None:
         )
 
 
-def require_pad(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Past SFT, pad must exist and differ from EOS (A1): else stopping cannot be learnt, nor the score placed."""
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(
-            f"{path!r} has no pad token apart from EOS; run SFT (or reward) from it, which assigns one and saves it"
-        )
-
-
 def fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
     """More rows for new tokens; never fewer (some models keep spare rows)."""
     table: Any = model.get_input_embeddings()
@@ -122,82 +103,17 @@ def set_pad(model: PreTrainedModel, pad_id: int | None) -> None:
         model.generation_config.pad_token_id = pad_id
 
 
-def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str | None:
-    """Give an external model a pad token apart from EOS; returns what was done, or None if it had one."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        set_pad(model, tokenizer.pad_token_id)
-        return None
-    vocabulary = tokenizer.get_vocab()
-    taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
-    existing = next((name for name in PAD_NAMES if name in vocabulary and name not in taken), None)
-    tokenizer.add_special_tokens({"pad_token": existing or "<|pad|>"})
-    fit_embeddings(model, len(tokenizer))
-    set_pad(model, tokenizer.pad_token_id)
-    kind = "an existing, unused token" if existing else "a new token"
-    return f"pad was missing or equal to EOS; {tokenizer.pad_token!r} ({kind}, id {tokenizer.pad_token_id}) is pad now"
-
-
-def assign_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Give an external tokenizer what it lacks to hold a dialogue; returns what was done, or None.
-
-    An encoder's reads its first token and ends at its separator; a decoder's is plain text.
-    """
-    if tokenizer.chat_template:
-        return None
-    if tokenizer.cls_token is not None and tokenizer.sep_token is not None:
-        if tokenizer.eos_token is None:
-            tokenizer.eos_token = tokenizer.sep_token
-        tokenizer.chat_template = ENCODER_TEMPLATE
-    else:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    return "the parent has no chat template; a plain one was assigned and is saved"
-
-
-def resolve_precision(precision: str) -> bool:
-    """Whether to autocast to bf16; `auto` asks the hardware."""
-    if precision != "auto":
-        return precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) is not None
-
-
-def hold_in_bf16(model: torch.nn.Module) -> None:
-    """Weights of a frozen model's linear layers in bf16: half the memory. For use under bf16 autocast alone, which casts
-    them at each pass, so the results are the same to the bit. A head tied to the embedding stays as it is."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    for module in model.modules():
-        if _is_linear(module) and id(module.weight) not in tables:
-            module.to(torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dtype != torch.bfloat16:  # a view of the file's mapping, which would keep all of it in memory
-            parameter.data = parameter.data.clone()
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, torch.nn.Linear | Conv1D) or "Linear" in type(module).__name__
-
-
-def linear_module_names(
-    model: PreTrainedModel, leave_out: Iterable[str] = ("lm_head", "score", "classifier", "embed_out")
-) -> list[str]:
-    """Last name parts of a model's linear layers, without its heads: LoRA's default targets."""
-    names = {name.split(".")[-1] for name, module in model.named_modules() if _is_linear(module)}
-    return sorted(names - set(leave_out))
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """No dropout in training mode either (A16): modules, and attention's own rates, which are plain attributes."""
+def disable_noise(model: torch.nn.Module) -> None:
+    """Nothing random in training mode either: dropout modules, rates that are plain attributes, the jitter of routers."""
     from trl.trainer import disable_dropout_in_model
 
     disable_dropout_in_model(model)
     for module in model.modules():
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if isinstance(value, float) and any(word in name for word in NOISE):
                 setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        for name in type(module).forward.__code__.co_names if config is not None else ():
+            # Some layers (Falcon's) read a rate from the configuration at each pass.
+            if any(word in name for word in NOISE) and isinstance(getattr(config, name, None), float):
+                setattr(config, name, 0.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.loading import fit_embeddings, linear_module_names, set_pad
+from pipeline.models.loading import fit_embeddings, set_pad
+from pipeline.models.precision import is_linear
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -71,3 +73,11 @@ def save_merged(trained: PeftModel, base: PreTrainedModel, tokenizer: PreTrained
         merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def linear_module_names(
+    model: PreTrainedModel, leave_out: Iterable[str] = ("lm_head", "score", "classifier", "embed_out")
+) -> list[str]:
+    """Last name parts of a model's linear layers, without its heads: LoRA's default targets."""
+    names = {name.split(".")[-1] for name, module in model.named_modules() if is_linear(module)}
+    return sorted(names - set(leave_out))

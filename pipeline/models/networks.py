@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.models.language_model import LanguageModel
-from pipeline.models.loading import disable_dropout
+from pipeline.models.loading import disable_noise
 from pipeline.models.packed import SequenceBatch, pack, pad
 from pipeline.models.reward_model import ValueModel, init_head, load_scalar_model, scalar_head
 from pipeline.models.sizes import attention_savings_worth_a_group
@@ -149,7 +149,7 @@ class SeparateNetworks(Networks):
     def __init__(self, policy: LanguageModel, reference: LanguageModel, value: PreTrainedModel, autocast: Autocast):
         super().__init__(autocast)
         for model in (policy, reference, value):
-            disable_dropout(model)
+            disable_noise(model)
         self.policy, self.value = policy.train(), ValueModel(value).train()
         self.reference = reference.eval().requires_grad_(False)
         self.trained = {"policy": list(self.policy.parameters()), "value": list(self.value.parameters())}
@@ -205,7 +205,7 @@ class SharedBackboneNetworks(Networks):
     def __init__(self, policy: LanguageModel, reference: LanguageModel, autocast: Autocast):
         super().__init__(autocast)
         for model in (policy, reference):
-            disable_dropout(model)
+            disable_noise(model)
         self.policy = policy.train()
         self.reference = reference.eval().requires_grad_(False)
         self.head = zero_head(policy.model)

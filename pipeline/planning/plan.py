@@ -23,8 +23,8 @@ from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.sources import read_sources
 from pipeline.data.splits import spread
 from pipeline.errors import UserError
-from pipeline.models.loading import assign_template, load_tokenizer
 from pipeline.models.tokenizer_training import train_tokenizer
+from pipeline.models.tokenizers import assign_template, load_tokenizer
 from pipeline.planning.devices import Device, devices
 from pipeline.planning.sizing import (
     Parameters,
@@ -353,7 +353,7 @@ def _ppo_memory(
     """(bytes by part, largest micro_batch_tokens that fits)."""
     n, v = model.size.total, value.size.total
 
-    def frozen(held: Model) -> float:  # `loading.hold_in_bf16`
+    def frozen(held: Model) -> float:  # `precision.cast_frozen_linears_to_bf16`
         return 4.0 * held.size.total - (2.0 * held.size.linear if setting.device.bf16 else 0.0)
 
     parts: dict[str, float] = {}

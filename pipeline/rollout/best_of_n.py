@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.encoding import ChatEncoder, forbidden_ids
+from pipeline.data.encoding import ChatEncoder
 from pipeline.data.records import PARSERS, Record, read_jsonl
 from pipeline.errors import UserError
-from pipeline.models.loading import load_causal_lm, load_tokenizer, require_pad
+from pipeline.models.loading import load_causal_lm
+from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, require_pad, stop_token_ids
 from pipeline.rollout.rewards import Scorer, SourceSpec, build_scorer
 from pipeline.rollout.rollout import LocalEngine, row_uniforms
 
@@ -125,11 +126,12 @@ def write_demonstrations(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_causal_lm(policy).eval()
     model.to(device)
-    forbidden = forbidden_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
-    engine = LocalEngine(max_response_tokens, [encoder.eos_id], tokenizer.pad_token_id, forbidden, temperature)
+    stop_ids = stop_token_ids(encoder, model.generation_config)
+    forbidden = forbidden_token_ids(tokenizer, model.get_output_embeddings().weight.shape[0], stop_ids)
+    engine = LocalEngine(max_response_tokens, stop_ids, tokenizer.pad_token_id, forbidden, temperature)
     scorer = build_scorer(reward, encoder, device)
     found = best_of_n(engine, model, encoder, scorer, records, n, seed)
-    finished = [i for i, response in enumerate(found.response_ids) if response[-1] == encoder.eos_id]
+    finished = [i for i, response in enumerate(found.response_ids) if response[-1] in stop_ids]
     texts = encoder.texts(found.response_ids)
     kept = [i for i in finished if texts[i].strip()]
     if not kept:

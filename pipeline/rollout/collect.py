@@ -59,7 +59,7 @@ class Collector:
         if not rows:
             return []
         uniforms = per_row_uniforms(seed, rows, self.args.max_response_tokens)
-        with self.plan.sampling_autocast(), self.networks.sampler(network) as model:
+        with self.plan.sampling(), self.networks.sampler(network) as model:
             return self.engine.sample(model, [prompts[i].ids for i in rows], uniforms)
 
     @torch.no_grad()

@@ -16,9 +16,11 @@ from typing import Any
 from pipeline.config.functions import RewardFunction, import_function, source_sha256
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
-from pipeline.models.loading import cast_frozen_linears_to_bf16, load_tokenizer, require_pad, set_pad
+from pipeline.models.loading import set_pad
 from pipeline.models.networks import Autocast
+from pipeline.models.precision import cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import load_scalar_model, refuse_other_heads, score_ids
+from pipeline.models.tokenizers import load_tokenizer, require_pad
 from pipeline.models.trials import enable_packed_attention
 from pipeline.training.output import Parent, tokenizer_hashes, verify_parent
 

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config.arguments import TrainerArguments
 from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
-from pipeline.models.loading import resolve_precision
+from pipeline.models.precision import accelerator_type, device_plan
 from pipeline.models.token_nll import token_nll
 from pipeline.training import history
 from pipeline.training.stage import Run
@@ -108,7 +108,7 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
         adam_beta2=args.adam_beta2,
         max_grad_norm=args.max_grad_norm,
         optim="adamw_8bit" if args.optimizer == "adamw_8bit" else "adamw_torch",
-        bf16=resolve_precision(args.precision),
+        bf16=device_plan(accelerator_type(), args.precision).bf16,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=args.logging_steps,
         save_strategy="steps",

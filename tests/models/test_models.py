@@ -9,20 +9,14 @@ from typing import Any
 
 from pipeline.algorithms.logprobs import tempered_logits, token_logprobs
 from pipeline.data.collators import right_pad
-from pipeline.data.encoding import forbidden_ids
+from pipeline.data.encoding import ChatEncoder
 from pipeline.errors import UserError
 from pipeline.models import networks as roles
-from pipeline.models.loading import (
-    assign_pad,
-    disable_dropout,
-    hold_in_bf16,
-    linear_module_names,
-    load_causal_lm,
-    new_causal_lm,
-    refuse_beyond_context,
-)
+from pipeline.models.loading import disable_noise, load_causal_lm, new_causal_lm, refuse_beyond_context
+from pipeline.models.lora import linear_module_names
 from pipeline.models.networks import PolicyModel
 from pipeline.models.packed import lay_out, prepare
+from pipeline.models.precision import cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import (
     OFFSET,
     ValueModel,
@@ -32,6 +26,7 @@ from pipeline.models.reward_model import (
     scalar_head,
     score_ids,
 )
+from pipeline.models.tokenizers import assign_pad, forbidden_token_ids
 from pipeline.rollout.rollout import generate, greedy_responses, row_uniforms
 
 import pytest
@@ -80,7 +75,7 @@ def test_scores_are_read_at_the_last_token_whatever_the_batch(scalar: Any, token
 def test_a_frozen_model_held_in_bf16_scores_the_same_under_autocast(scalar: Any, tiny_lm: Any, tokenizer: Any) -> None:
     init_head(scalar, 1.0, 0)
     held = copy.deepcopy(scalar)
-    hold_in_bf16(held)
+    cast_frozen_linears_to_bf16(held)
     assert {p.dtype for name, p in held.named_parameters() if "proj" in name} == {torch.bfloat16}
     assert held.get_input_embeddings().weight.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -88,7 +83,7 @@ def test_a_frozen_model_held_in_bf16_scores_the_same_under_autocast(scalar: Any,
     assert torch.equal(expected, found)
     causal = copy.deepcopy(tiny_lm)
     tied = causal.lm_head.weight is causal.get_input_embeddings().weight
-    hold_in_bf16(causal)
+    cast_frozen_linears_to_bf16(causal)
     assert (causal.lm_head.weight.dtype == torch.float32) == tied, "the embedding would lose its precision"
 
 
@@ -137,7 +132,7 @@ def test_response_only_logprobs(
         monkeypatch.setattr(roles, "FEWEST_ROWS", 3)
         monkeypatch.setattr(roles, "CACHED_LOGITS", 3 * len(tokenizer))
     model = copy.deepcopy(tiny_lm)
-    forbidden = forbidden_ids(tokenizer, len(tokenizer))
+    forbidden = forbidden_token_ids(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     responses = [[20, 21], [22, 23, 24, 25], [26]]
     policy = PolicyModel(model, 0.7, forbidden)
     assert not packed or prepare(model)
@@ -206,7 +201,7 @@ def slow_sample(
 
 
 def test_sampling_with_cache_and_padding_equals_slow_sampling(tiny_lm: Any, tokenizer: Any) -> None:
-    forbidden = forbidden_ids(tokenizer, len(tokenizer))
+    forbidden = forbidden_token_ids(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     uniforms = row_uniforms(3, range(3), 12)
     options: Any = {
         "stop_ids": [tokenizer.eos_token_id, 30],
@@ -226,7 +221,7 @@ def test_sampling_with_cache_and_padding_equals_slow_sampling(tiny_lm: Any, toke
 
 
 def test_finished_rows_leave_the_others_alone(tiny_lm: Any, tokenizer: Any) -> None:
-    forbidden = forbidden_ids(tokenizer, len(tokenizer))
+    forbidden = forbidden_token_ids(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     uniforms = row_uniforms(4, range(3), 20)
     long = generate(
         tiny_lm,
@@ -264,8 +259,8 @@ def test_row_uniforms_are_a_function_of_seed_and_row() -> None:
 
 
 def test_greedy_decoding_takes_the_likeliest(tiny_lm: Any, tokenizer: Any) -> None:
-    forbidden = forbidden_ids(tokenizer, len(tokenizer))
-    found = greedy_responses(tiny_lm, tokenizer, PROMPTS, 4, rows=2)
+    forbidden = forbidden_token_ids(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    found = greedy_responses(tiny_lm, ChatEncoder(tokenizer), PROMPTS, 4, rows=2)
     with torch.no_grad():
         logits = tiny_lm(input_ids=torch.tensor([PROMPTS[0]]), use_cache=False).logits[0, -1]
     logits[forbidden] = -math.inf
@@ -335,7 +330,7 @@ def test_dropout_is_off_everywhere(tokenizer: Any, config: str, sizes: dict[str,
     model = new_causal_lm(config, sizes, tokenizer, 32).train()
     ids = torch.arange(20)[None]
     assert not torch.equal(model(ids).logits, model(ids).logits)
-    disable_dropout(model)
+    disable_noise(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 

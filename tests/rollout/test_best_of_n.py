@@ -10,7 +10,8 @@ from typing import Any
 from helpers.worlds import distribution, make_policy, texts, total_variation, train
 from pipeline.cli import main as rlhf
 from pipeline.data.encoding import ChatEncoder
-from pipeline.models.loading import load_causal_lm, load_tokenizer
+from pipeline.models.loading import load_causal_lm
+from pipeline.models.tokenizers import load_tokenizer
 from pipeline.rollout.best_of_n import best_of_n, kl_bound
 from pipeline.rollout.rewards import Part, Scorer
 from pipeline.rollout.rollout import LocalEngine

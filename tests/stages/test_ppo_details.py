@@ -13,7 +13,8 @@ from pipeline.algorithms.ppo import RunningMoments, shape_rewards, value_mask_of
 from pipeline.algorithms.schedules import lr_factor
 from pipeline.data.batching import endless
 from pipeline.data.encoding import ChatEncoder
-from pipeline.models.loading import load_causal_lm, load_tokenizer
+from pipeline.models.loading import load_causal_lm
+from pipeline.models.tokenizers import load_tokenizer
 from pipeline.rollout.rollout import LocalEngine, row_uniforms
 from pipeline.training.output import weights_sha256
 
