@@ -11,8 +11,9 @@ from typing import Any
 from pipeline.config.arguments import PretrainArguments
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import document_ids
+from pipeline.data.mixing import mixture_indices, rows_of_each
 from pipeline.data.packing import Block, pack_documents
-from pipeline.data.sources import Source, fingerprint, read_sources, split_texts
+from pipeline.data.sources import fingerprint, read_sources, split_texts
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import BitsPerByte, Perplexity
 from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond_context
@@ -66,7 +67,9 @@ def main(run: Run[PretrainArguments]) -> None:
 
     train_blocks = [pack_documents(document_ids(tokenizer, t), args.block_tokens) for t, _ in texts]
     held_out = [pack_documents(document_ids(tokenizer, t), args.block_tokens) for _, t in texts]
-    mixed, counts = mix(sources, train_blocks, args.seed)
+    sizes = [len(blocks) for blocks in train_blocks]
+    epoch = mixture_indices(sizes, [source.weight for source in sources], args.seed)
+    mixed = datasets.Dataset.from_list([block for blocks in train_blocks for block in blocks]).select(epoch)
     if not any(held_out):
         raise UserError("no document was held out; raise held_out_fraction or give more documents")
     held_out_bytes = sum(len(text.encode()) for _, part in texts for text in part)
@@ -93,7 +96,11 @@ def main(run: Run[PretrainArguments]) -> None:
     metrics["bits_per_byte"] = BitsPerByte().compute(nll=[metrics.pop("nll")], num_bytes=[held_out_bytes])[
         "bits_per_byte"
     ]
-    epochs = epochs_seen(sources, train_blocks, counts, trainer.state.global_step * args.examples_per_step / len(mixed))
+    passes = trainer.state.global_step * args.examples_per_step / len(mixed)
+    # How often each source's blocks were seen: passes over the epoch times how often they stand in it.
+    epochs = [
+        round(passes * count / max(size, 1), 4) for count, size in zip(rows_of_each(epoch, sizes), sizes, strict=True)
+    ]
     metrics |= {
         "held_out_bytes": held_out_bytes,
         "parameters": model.num_parameters(),
@@ -129,38 +136,6 @@ class PretrainTrainer(StageTrainer, Trainer):
 def _new_tokenizer(args: PretrainArguments, texts: list[str]) -> PreTrainedTokenizerBase:
     assert args.train_tokenizer is not None
     return train_tokenizer(texts, args.train_tokenizer.vocab_size)
-
-
-def mix(sources: list[Source], blocks: list[list[Block]], seed: int) -> tuple[datasets.Dataset, list[int]]:
-    """One epoch of the mixture: every block once, or drawn by the sources' weights until each was seen whole.
-
-    Returns:
-        mixture: a Dataset of blocks
-        counts: blocks of each source in it
-    """
-    tables = [datasets.Dataset.from_list([{**b, "source": i} for b in part]) for i, part in enumerate(blocks)]
-    weights = [source.weight for source in sources]
-    if all(weight is None for weight in weights):
-        mixed = datasets.concatenate_datasets(tables)
-    elif any(weight is None for weight in weights):
-        unweighted = next(s.name for s in sources if s.weight is None)
-        raise UserError(f"datasets: {unweighted!r} has no weight but others do; give all or none")
-    else:
-        total = sum(w for w in weights if w is not None)
-        shuffled = [table.shuffle(seed=seed) for table in tables]
-        mixed = datasets.interleave_datasets(
-            shuffled,
-            probabilities=[w / total for w in weights if w is not None],
-            seed=seed,
-            stopping_strategy="all_exhausted",
-        )
-    drawn = list(mixed["source"])
-    return mixed.remove_columns("source"), [drawn.count(i) for i in range(len(sources))]
-
-
-def epochs_seen(sources: list[Source], blocks: list[list[Block]], counts: list[int], passes: float) -> list[float]:
-    """How often each source's training blocks were seen: passes over the mixture times its share in it."""
-    return [round(passes * counts[i] / len(blocks[i]), 4) for i in range(len(sources))]
 
 
 def _tokens(blocks: list[Block]) -> int:

@@ -22,6 +22,7 @@ from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
 from pipeline.data.comparisons import digest, pairs_of, sift, summary
 from pipeline.data.encoding import ChatEncoder
+from pipeline.data.mixing import mixture_indices
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources, replace_records
 from pipeline.data.splits import is_held_out, labeler_folds
@@ -304,7 +305,12 @@ def _encode_all(
     def records(part: list[tuple[int, int]]) -> Iterator[Record]:
         return (sources[number].records[position] for number, position in part)
 
-    rows = arrow_rows(map(tensors_only, encode(encoder, records(split.trained), args, "training")), FEATURES)
+    tables = []
+    for number in range(len(sources)):
+        part = [place for place in split.trained if place[0] == number]
+        tables.append(arrow_rows(map(tensors_only, encode(encoder, records(part), args, "training")), FEATURES))
+    epoch = mixture_indices([len(table) for table in tables], [source.weight for source in sources], args.seed)
+    rows = datasets.concatenate_datasets(tables).select(epoch)
     held_out = list(encode(encoder, records(split.held_out), args, "held-out"))
     return rows, held_out, list(encode(encoder, records(split.outsiders), args, "held-out labelers'"))
 

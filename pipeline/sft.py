@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.config.arguments import SFTArguments
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import ChatEncoder
+from pipeline.data.mixing import mixture_indices
 from pipeline.data.packing import join_examples, pack_examples
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources
@@ -68,9 +69,10 @@ def main(run: Run[SFTArguments]) -> None:
     encoder = ChatEncoder(tokenizer)
 
     splits = [split_records(source.records, args.held_out_fraction) for source in sources]
-    train_examples = mixture(
-        sources, [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)], args.seed
-    )
+    encoded = [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)]
+    demonstrations = [example for part in encoded for example in part]
+    epoch = mixture_indices([len(part) for part in encoded], [s.weight for s in sources], args.seed)
+    train_examples = [demonstrations[index] for index in epoch]
     held_out_records = [record for _, part in splits for record in part]
     held_out = [e for s, (_, part) in zip(sources, splits, strict=True) for e in encode(encoder, s, part, args)]
     if not train_examples:
@@ -180,27 +182,6 @@ def encode(encoder: ChatEncoder, source: Source, records: list[Record], args: SF
             lines,
         )
     return examples
-
-
-def mixture(sources: list[Source], parts: list[list[Example]], seed: int) -> list[Example]:
-    """All demonstrations once, or as the sources' weights say: each source repeated whole until the shares fit."""
-    weights = [source.weight for source in sources]
-    if all(weight is None for weight in weights):
-        return [example for part in parts for example in part]
-    if any(weight is None for weight in weights):
-        raise UserError("datasets: some entries have a weight and some have none; give all or none")
-    import random
-
-    shares = [w / sum(x for x in weights if x is not None) for w in weights if w is not None]
-    total = max(len(part) / share for part, share in zip(parts, shares, strict=True) if part)
-    mixed: list[Example] = []
-    for position, (part, share) in enumerate(zip(parts, shares, strict=True)):
-        wanted = round(total * share)
-        repeats = [part[i % len(part)] for i in range(wanted - wanted % len(part))] if part else []
-        rest = random.Random(seed + position).sample(part, wanted % len(part)) if part else []
-        mixed += repeats + rest
-        logger.info("sft: %s: %d demonstrations drawn %d times in one epoch", sources[position].name, len(part), wanted)
-    return mixed
 
 
 if __name__ == "__main__":
