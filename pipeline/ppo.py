@@ -26,8 +26,9 @@ from pipeline.algorithms.kl import adapt_kl_coef, k2, k3
 from pipeline.algorithms.masking import masked_sum
 from pipeline.algorithms.ppo import RunningMoments, missing_eos_scores, policy_losses, value_losses
 from pipeline.algorithms.schedules import lr_factor
-from pipeline.config.arguments import PPOArguments
 from pipeline.config.functions import import_function, source_sha256
+from pipeline.config.ppo import PPOArguments
+from pipeline.config.stages import REWARD_PARENTS, SUPPORT
 from pipeline.data.batching import endless, microbatches, seeded_order
 from pipeline.data.collators import BlockCollator, right_pad
 from pipeline.data.encoding import IGNORE, ChatEncoder, document_ids, forbidden_ids
@@ -102,8 +103,8 @@ def main(run: Run[PPOArguments]) -> None:
     args = run.args
     accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=not torch.cuda.is_available())
     refuse_backend(accelerator, args)
-    parent = verify_parent(args.parent, ("sft", "ppo"))
-    reward_parents = [verify_parent(source.model, ("reward",)) for source in args.reward if source.model is not None]
+    parent = verify_parent(args.parent, SUPPORT["ppo"].parents)
+    reward_parents = [verify_parent(source.model, REWARD_PARENTS) for source in args.reward if source.model is not None]
     sources = read_sources(args.datasets, "prompt", args.data_root)
     eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root)
     ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root)

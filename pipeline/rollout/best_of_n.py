@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.rewards import RewardSource
 from pipeline.data.encoding import ChatEncoder, forbidden_ids
 from pipeline.data.records import PARSERS, Record, read_jsonl
 from pipeline.errors import UserError
 from pipeline.models.loading import load_causal_lm, load_tokenizer, require_pad
-from pipeline.rollout.rewards import Scorer, SourceSpec, build_scorer
+from pipeline.rollout.rewards import Scorer, build_scorer
 from pipeline.rollout.rollout import LocalEngine, row_uniforms
 
 import torch
@@ -102,7 +103,7 @@ def best_of_n(
 
 def write_demonstrations(
     policy: str,
-    reward: Sequence[SourceSpec],
+    reward: Sequence[RewardSource],
     prompts_file: str,
     output: str,
     n: int,

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.config.functions import RewardFunction, import_function, source_sha256
+from pipeline.config.rewards import RewardSource
+from pipeline.config.stages import REWARD_PARENTS
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
 from pipeline.models.loading import hold_in_bf16, load_tokenizer, require_pad, set_pad
@@ -22,17 +24,6 @@ import torch
 from torch import Tensor
 
 DISAGREEMENT = "disagreement"
-
-
-class SourceSpec(Protocol):
-    """A line of a recipe's `reward:` (see `arguments.RewardSource`)."""
-
-    @property
-    def model(self) -> str | None: ...
-    @property
-    def function(self) -> str | None: ...
-    @property
-    def weight(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -105,10 +96,10 @@ class Scorer:
         return Scores(total, found)
 
 
-def identity(sources: Sequence[SourceSpec]) -> list[Any]:
+def identity(sources: Sequence[RewardSource]) -> list[Any]:
     """What identifies the scores: every model's weights and tokenizer, every function's source."""
     return [
-        verify_parent(source.model, ("reward",)).identity()
+        verify_parent(source.model, REWARD_PARENTS).identity()
         if source.model is not None
         else source_sha256(import_function(str(source.function)))
         for source in sources
@@ -116,7 +107,7 @@ def identity(sources: Sequence[SourceSpec]) -> list[Any]:
 
 
 def build_scorer(
-    sources: Sequence[SourceSpec],
+    sources: Sequence[RewardSource],
     encoder: ChatEncoder,
     device: torch.device,
     loaded: Mapping[str, Any] | None = None,
@@ -156,7 +147,7 @@ def _model_part(
     loaded: Any = None,
     autocast: bool = False,
 ) -> Part:
-    parent = verify_parent(path, ("reward",))
+    parent = verify_parent(path, REWARD_PARENTS)
     refuse_other_heads(parent.path)
     tokenizer = load_tokenizer(parent.path)
     parent.refuse_other_tokenizer(tokenizer)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import ppo
 from pipeline.algorithms.logprobs import tempered_logits
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.data.encoding import ROLE_TEMPLATE, ROLE_TOKENS, ChatEncoder, forbidden_ids
 from pipeline.models.loading import load_causal_lm, load_tokenizer
 from pipeline.training.stage import launch
