@@ -187,7 +187,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         quiet_libraries()
         return score_file(args.file, args.reward, args.output, args.column)
     if args.command == "best-of":
-        from pipeline.config.arguments import reward_source
+        from pipeline.config.rewards import reward_source
         from pipeline.rollout.best_of_n import write_demonstrations
         from pipeline.training.stage import quiet_libraries
 

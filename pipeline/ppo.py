@@ -23,8 +23,8 @@ from typing import Any
 from pipeline.algorithms.kl import adapt_kl_coef, k2, k3
 from pipeline.algorithms.ppo import clipped_policy_losses, clipped_value_losses
 from pipeline.algorithms.schedules import lr_factor
-from pipeline.config.arguments import PPOArguments
-from pipeline.data.batching import microbatches, seeded_permutation
+from pipeline.config.ppo import PPOArguments
+from pipeline.data.batching import microbatches, seeded_order
 from pipeline.models.networks import Networks
 from pipeline.rollout.alarms import Alarms, warn_of_missing_eos_score
 from pipeline.rollout.collect import Collector, score_metrics, trained_scores
@@ -249,7 +249,7 @@ class Learner:
     def minibatches(self, sequences: int, epoch: int) -> Iterator[list[int]]:
         """The sequences of each optimizer step of an epoch, the same in every process."""
         size = sequences // self.args.minibatches
-        order = seeded_permutation((self.args.seed * 1_000_003 + self.state.rollout) * 1_009 + epoch, sequences)
+        order = seeded_order((self.args.seed * 1_000_003 + self.state.rollout) * 1_009 + epoch, sequences)
         for start in range(0, sequences, size):
             yield order[start : start + size]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pipeline.config.arguments import PretrainArguments
+from pipeline.config.pretrain import PretrainArguments
+from pipeline.config.stages import SUPPORT
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import document_ids
 from pipeline.data.mixing import mixture_indices, rows_of_each
@@ -38,7 +39,7 @@ logger = logging.getLogger("pipeline.pretrain")  # __name__ is __main__ under ac
 
 def main(run: Run[PretrainArguments]) -> None:
     args = run.args
-    parent = verify_parent(args.parent, ("pretrain", "sft", "ppo")) if args.parent else None
+    parent = verify_parent(args.parent, SUPPORT["pretrain"].parents) if args.parent else None
     sources = read_sources(args.datasets, "document", args.data_root)
     folder = parent.path if parent else args.tokenizer
     given = load_tokenizer(folder) if folder else None

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.algorithms.preference import ranking_loss
-from pipeline.config.arguments import RewardArguments
 from pipeline.config.functions import import_function, source_sha256
+from pipeline.config.reward import RewardArguments
+from pipeline.config.stages import SUPPORT
 from pipeline.data.arrow_storage import SpooledRecords, arrow_rows
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
@@ -56,7 +57,7 @@ logger = logging.getLogger("pipeline.reward")  # __name__ is __main__ under acce
 def main(run: Run[RewardArguments]) -> None:
     args = run.args
     refuse_sharded("reward scores in whole models")
-    parent = verify_parent(args.parent, ("pretrain", "sft", "reward", "ppo"))
+    parent = verify_parent(args.parent, SUPPORT["reward"].parents)
     sources = read_sources(args.datasets, "ranking", args.data_root, spool=True)
     demonstrations = read_sources(args.center_on, "demonstration", args.data_root)
     truth = import_function(args.truth) if args.truth else None

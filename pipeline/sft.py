@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from pipeline.config.arguments import SFTArguments
+from pipeline.config.sft import SFTArguments
+from pipeline.config.stages import SUPPORT
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.mixing import mixture_indices
@@ -46,7 +47,7 @@ def main(run: Run[SFTArguments]) -> None:
     args = run.args
     if args.lora:
         refuse_sharded("adapters are merged in whole models")
-    parent = verify_parent(args.parent, ("pretrain", "sft", "ppo"))
+    parent = verify_parent(args.parent, SUPPORT["sft"].parents)
     sources = read_sources(args.datasets, "demonstration", args.data_root)
     tokenizer = load_tokenizer(parent.path)
     parent.refuse_other_tokenizer(tokenizer)

@@ -44,10 +44,11 @@ def parse() -> argparse.Namespace:
 def child(args: argparse.Namespace) -> None:
     """One side of one round, in a process of its own."""
     import torch  # isort: skip
-    from pipeline.config.arguments import DatasetEntry, RewardArguments
+    from pipeline.config.reward import RewardArguments
     from pipeline.data.batching import LengthGroupedSampler
     from pipeline.data.collators import RankingCollator
     from pipeline.data.encoding import ChatEncoder
+    from pipeline.data.entries import DatasetEntry
     from pipeline.data.records import PARSERS, read_jsonl
     from pipeline.data.splits import split_records
     from pipeline.evaluation.reward_model import judge

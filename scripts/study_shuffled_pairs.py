@@ -15,9 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import DatasetEntry, RewardArguments
+from pipeline.config.reward import RewardArguments
 from pipeline.data.collators import RankingCollator
 from pipeline.data.encoding import ChatEncoder
+from pipeline.data.entries import DatasetEntry
 from pipeline.data.records import PARSERS, read_jsonl
 from pipeline.data.splits import split_records
 from pipeline.evaluation.reward_model import judge

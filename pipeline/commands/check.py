@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import arguments
-from pipeline.config.arguments import KINDS, STAGES, recipe_stages
 from pipeline.config.functions import import_from, import_function
+from pipeline.config.reader import load
+from pipeline.config.stages import STAGES, SUPPORT, recipe_stages
 from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, read_sources
@@ -41,8 +41,8 @@ def check_recipe(recipe: str, data_root: str | None) -> int:
     for name, file in stages.items():
         import_from(file.parent)
         flags = ["--config", str(file), *(["--data_root", data_root] if data_root else [])]
-        args: Any = arguments.load(STAGES[name], flags)
-        sources = read_sources(args.datasets, KINDS[name], args.data_root)
+        args: Any = load(STAGES[name], flags)
+        sources = read_sources(args.datasets, SUPPORT[name].rows, args.data_root)
         read_sources(getattr(args, "center_on", []), "demonstration", args.data_root)
         eval_sources = read_sources(getattr(args, "eval_datasets", []), "prompt", args.data_root)
         for function in [

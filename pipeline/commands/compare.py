@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.errors import UserError, shorten
 from pipeline.training.output import read_lineage
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commands.check import PARENTS
-from pipeline.config import arguments
-from pipeline.config.arguments import KINDS, STAGES, recipe_stages
+from pipeline.config.reader import load
+from pipeline.config.stages import STAGES, SUPPORT, recipe_stages
 from pipeline.errors import UserError
 from pipeline.planning.sizing import LAYER_NAMES, parameters
 from pipeline.training.output import read_lineage, verify_parent
@@ -72,7 +72,7 @@ def dry_run(recipe: str, data_root: str | None = None, parent: str | None = None
             flags = ["--config", str(folder / f"{name}.yaml")]
             flags += ["--data_root", data_root] if data_root else []
             flags += ["--parent", parent] if parent and position == 0 else []
-            args: Any = arguments.load(STAGES[name], flags)
+            args: Any = load(STAGES[name], flags)
             warnings = [*_refuse_what_no_step_shows(name, args, sharded), *_disk(name, args)]
             values = _shrunk(name, args, Path(scratch), outputs, warnings)
             _run(name, values, folder, Path(scratch))
@@ -174,11 +174,11 @@ def shrink(config: Any) -> Any:
 
 def _shrunk(name: str, args: Any, scratch: Path, outputs: dict[str, Path], warnings: list[str]) -> dict[str, Any]:
     """The stage's recipe with small numbers, its inputs those of the dry run."""
-    values = arguments.as_dict(args)
+    values = dataclasses.asdict(args)
     values |= SMALL_PPO if name == "ppo" else SMALL
     values |= {"output_dir": str(scratch / name), "report_to": ["none"], "quiet": True, "data_root": "."}
     kinds = {
-        "datasets": KINDS[name],
+        "datasets": SUPPORT[name].rows,
         "center_on": "demonstration",
         "eval_datasets": "prompt",
         "ptx_datasets": "document",

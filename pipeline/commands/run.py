@@ -15,7 +15,8 @@ import types
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import STAGES, read_recipe, recipe_stages
+from pipeline.config.reader import read_recipe
+from pipeline.config.stages import STAGES, recipe_stages
 from pipeline.errors import UserError
 from pipeline.training.output import read_lineage
 from pipeline.training.stage import ERROR_FILE, TERMINAL, accelerate_config, cpu_cores
@@ -32,7 +33,7 @@ def run_recipe(args: argparse.Namespace) -> int:
     for name in (args.first, args.last):
         if name is not None and name not in stages:
             raise UserError(f"{str(folder)!r} has no stage {name!r}; it has: {', '.join(stages)}")
-    recipes = {name: read_recipe(folder / f"{name}.yaml", STAGES[name])[0] for name in stages}
+    recipes = {name: read_recipe(folder / f"{name}.yaml", STAGES[name]) for name in stages}
     if args.labeler_folds and (args.reward_seeds or (args.last or stages[-1]) != "reward"):
         raise UserError(
             "--labeler-folds trains reward models to compare, none for PPO: say --to reward, and no --reward-seeds"

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import STAGES, DatasetEntry, RewardSource
 from pipeline.config.functions import import_from, import_function
+from pipeline.config.rewards import RewardSource
+from pipeline.config.stages import STAGES
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import ChatEncoder, document_ids
+from pipeline.data.entries import DatasetEntry
 from pipeline.data.packing import pack_documents
 from pipeline.data.records import PARSERS, Record, read_jsonl
 from pipeline.data.sources import digest_of, files_of, read_sources, split_texts

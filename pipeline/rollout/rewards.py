@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.functions import RewardFunction, import_function, source_sha256
+from pipeline.config.rewards import RewardSource
+from pipeline.config.stages import REWARD_PARENTS
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
 from pipeline.models.loading import set_pad
@@ -125,24 +127,24 @@ def check_finite(values: Sequence[float], name: str, answers: Answers) -> None:
             )
 
 
-def identity(sources: Sequence[Any]) -> list[Any]:
+def identity(sources: Sequence[RewardSource]) -> list[Any]:
     """What identifies the scores of a recipe's `reward:`: every model's weights and tokenizer, every function's source."""
     return [
-        verify_parent(source.model, ("reward",)).identity()
+        verify_parent(source.model, REWARD_PARENTS).identity()
         if source.model is not None
         else source_sha256(import_function(str(source.function)))
         for source in sources
     ]
 
 
-def part_names(sources: Sequence[Any]) -> list[str]:
+def part_names(sources: Sequence[RewardSource]) -> list[str]:
     """The name of each source's part in metrics: its function, or `reward_model` where there is one model only."""
     models = [source.model for source in sources if source.model is not None]
     return [s.function if s.model is None else "reward_model" if len(models) == 1 else s.model for s in sources]
 
 
 def build_scorer(
-    sources: Sequence[Any], setup: ScoringSetup, ensemble: str = "sum", penalty: float = 1.0
+    sources: Sequence[RewardSource], setup: ScoringSetup, ensemble: str = "sum", penalty: float = 1.0
 ) -> Scorer:
     """Load and verify every reward model and function of a recipe's `reward:`."""
     named = [source.model or source.function for source in sources]
@@ -159,7 +161,7 @@ def build_scorer(
 
 
 def _model_part(path: str, name: str, weight: float, setup: ScoringSetup) -> RewardPart:
-    parent = verify_parent(path, ("reward",))
+    parent = verify_parent(path, REWARD_PARENTS)
     refuse_other_heads(parent.path)
     tokenizer = load_tokenizer(parent.path)
     parent.refuse_other_tokenizer(tokenizer)

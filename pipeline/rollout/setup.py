@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.functions import import_function, source_sha256
+from pipeline.config.stages import REWARD_PARENTS, SUPPORT
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.mixing import mixture_indices
@@ -60,8 +61,8 @@ def open_inputs(run: Run[Any]) -> PPOInputs:
     args = run.args
     accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=not torch.cuda.is_available())
     _check_processes(accelerator, args)
-    parent = verify_parent(args.parent, ("sft", "ppo"))
-    rewards = [verify_parent(source.model, ("reward",)) for source in args.reward if source.model is not None]
+    parent = verify_parent(args.parent, SUPPORT["ppo"].parents)
+    rewards = [verify_parent(source.model, REWARD_PARENTS) for source in args.reward if source.model is not None]
     sources = read_sources(args.datasets, "prompt", args.data_root)
     eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root)
     ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root)

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pipeline.config import arguments
 from pipeline.config.functions import import_from
+from pipeline.config.reader import load
+from pipeline.config.stage import StageArguments
 from pipeline.errors import UserError
 from pipeline.training import trackers
 from pipeline.training.output import StageOutput, write_json
@@ -32,7 +33,7 @@ ERROR_FILE = "RLHF_ERROR_FILE"  # where `rlhf run` reads a stage's own words: ac
 TERMINAL = "RLHF_TERMINAL"  # set by `rlhf run` where a person reads its terminal
 LOCK = ".lock"
 RANK_0_REPORTS_WITHIN = 3.0  # seconds
-Arguments = TypeVar("Arguments", bound=arguments.StageArguments)
+Arguments = TypeVar("Arguments", bound=StageArguments)
 
 
 class Interruption:
@@ -148,7 +149,7 @@ def launch(
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as held:
         try:
-            args = arguments.load(cls, argv)
+            args = load(cls, argv)
             body(_open(name, args, config, rank, held))
         except UserError as error:
             _report_error(str(error), rank)
@@ -202,7 +203,7 @@ def _open(name: str, args: Arguments, config: Path | None, rank: int, held: cont
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a third of a step
-    output = StageOutput(folder, name, arguments.as_dict(args), config=str(config) if config else None)
+    output = StageOutput(folder, name, dataclasses.asdict(args), config=str(config) if config else None)
     return Run(name, args, output, Interruption(), Processes.of_this_launch())
 
 
@@ -234,7 +235,7 @@ def quiet_libraries() -> None:
     logging.captureWarnings(True)
 
 
-def _set_up_logging(args: arguments.StageArguments, folder: Path, rank: int) -> None:
+def _set_up_logging(args: StageArguments, folder: Path, rank: int) -> None:
     """Everything to `log.txt`; to the terminal info lines, or only warnings with --quiet or where no person reads."""
     quiet_libraries()
     logger.handlers.clear()

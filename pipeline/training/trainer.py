@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import TrainerArguments
+from pipeline.config.trainer import TrainerArguments
 from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
 from pipeline.models.precision import accelerator_type, device_plan

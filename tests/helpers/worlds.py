@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import ppo
 from pipeline.algorithms.logprobs import tempered_logits
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.data.encoding import ROLE_TEMPLATE, ROLE_TOKENS, ChatEncoder
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 from helpers.worlds import make_policy, train
 from pipeline import ppo, reward
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.reward_model import load_scalar_model, score_ids
 from pipeline.training.stage import launch
@@ -261,7 +261,7 @@ def test_adapters_refuse_a_reward_of_another_base(
         ({"roles": "adapters"}, "go together, e.g. lora"),
         ({**LORA}, "go together, e.g. lora"),
         ({"quantization": "4bit"}, "quantization needs `roles: adapters`"),
-        ({"kl_estimator": "k3"}, "k3 inside the reward has the gradient of another divergence"),
+        ({"kl_estimator": "k3"}, "kl_estimator: 'k3' is not known"),
         ({"ptx_coef": 27.8}, "ptx_coef and ptx_datasets go together"),
         ({"best_metric": "gold", "eval_rollouts": 1}, "no evaluation measures 'gold'; one of score"),
         ({"best_metric": "score"}, "best_metric and stop_kl look at evaluations"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from helpers.launches import CARDS, ROOT, environment, launch_command, lineage, tiny_flags
 from pipeline import ppo, pretrain, reward, sft
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.training.stage import launch
 

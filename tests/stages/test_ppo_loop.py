@@ -8,7 +8,8 @@ from typing import Any
 
 from helpers.launches import lineage, tiny_flags
 from pipeline import ppo
-from pipeline.config.arguments import STAGES, load
+from pipeline.config.reader import load
+from pipeline.config.stages import STAGES
 from pipeline.data.batching import microbatches
 from pipeline.training.stage import launch
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config.arguments import DatasetEntry, PPOArguments, RewardSource
+from pipeline.config.ppo import PPOArguments
+from pipeline.config.rewards import RewardSource
+from pipeline.data.entries import DatasetEntry
 from pipeline.models.networks import Batch, Roles
 from pipeline.ppo import Loop, State
 from pipeline.rollout.rollout import rollout_figures

@@ -12,10 +12,13 @@ from typing import Any
 from helpers.launches import ROOT, environment, lineage, rlhf_here, tiny_flags
 from helpers.tiny_models import make_lm
 from pipeline import reward
-from pipeline.config.arguments import STAGES, DatasetEntry, RewardArguments, load
+from pipeline.config.reader import load
+from pipeline.config.reward import RewardArguments
+from pipeline.config.stages import STAGES
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
 from pipeline.data.encoding import ROLE_TEMPLATE, ChatEncoder
+from pipeline.data.entries import DatasetEntry
 from pipeline.data.records import parse_ranking
 from pipeline.data.splits import labeler_folds
 from pipeline.errors import UserError
