@@ -187,8 +187,8 @@ def _dispatch(args: argparse.Namespace) -> int:
         quiet_libraries()
         return score_file(args.file, args.reward, args.output, args.column)
     if args.command == "best-of":
+        from pipeline.commands.best_of import BestOfOptions, write_demonstrations
         from pipeline.config.rewards import reward_source
-        from pipeline.rollout.best_of_n import write_demonstrations
         from pipeline.training.stage import quiet_libraries
 
         quiet_libraries()
@@ -196,14 +196,16 @@ def _dispatch(args: argparse.Namespace) -> int:
             if getattr(args, name) <= 0:
                 raise UserError(f"command line: {name} must be above 0")
         write_demonstrations(
-            args.policy,
-            [reward_source(text) for text in args.reward],
-            args.prompts,
-            args.output,
-            args.n,
-            args.max_response_tokens,
-            args.temperature,
-            args.seed,
+            BestOfOptions(
+                policy=args.policy,
+                reward=[reward_source(text) for text in args.reward],
+                prompts=args.prompts,
+                output=args.output,
+                n=args.n,
+                max_response_tokens=args.max_response_tokens,
+                temperature=args.temperature,
+                seed=args.seed,
+            )
         )
         return 0
     from pipeline.evaluation.report import write_report

@@ -92,7 +92,9 @@ def train(training: Training, run: Run[PPOArguments]) -> None:
     args, state, learner, log = run.args, training.state, training.learner, training.log
     alarms = Alarms(args.max_grad_norm, "bf16" if training.collector.plan.bf16 else "fp32")
     with log.progress(state.rollout) as bar:
-        if args.eval_rollouts and state.rollout == 0 and state.ended is None:  # where every curve starts: policy = reference
+        if (
+            args.eval_rollouts and state.rollout == 0 and state.ended is None
+        ):  # where every curve starts: policy = reference
             log.write(0, evaluate(training, run).metrics)
         while state.rollout < args.total_rollouts and state.ended is None:
             start = time.perf_counter()
@@ -117,9 +119,7 @@ def train(training: Training, run: Run[PPOArguments]) -> None:
         logger.info("ppo: ended at rollout %d: %s", state.rollout, state.ended)
 
 
-def collect_rollout(
-    collector: Collector, prompts: list[Prompt], state: PPOState
-) -> tuple[Rollout, dict[str, float]]:
+def collect_rollout(collector: Collector, prompts: list[Prompt], state: PPOState) -> tuple[Rollout, dict[str, float]]:
     """Sample a response to each prompt, score it, and compute KL-penalised rewards, advantages and returns."""
     args, start = collector.args, time.perf_counter()
     samples = collector.collect(prompts, args.seed * 1_000_003 + state.rollout)
@@ -219,7 +219,7 @@ class Learner:
         args, state, start = self.args, self.state, time.perf_counter()
         trained = ("policy", "value") if state.rollout >= args.value_warmup_rollouts else ("value",)
         metrics: dict[str, float] = {"kl_coef": state.kl_coef}
-        metrics |= {f"{name}_lr": schedule.get_last_lr()[0] for name, schedule in self.schedules.items()}
+        metrics |= {f"{name}_lr": float(schedule.get_last_lr()[0]) for name, schedule in self.schedules.items()}
         kl_loss_coef = 0.0
         if args.kl_estimator == "k2":  # in the units that whitening gave the advantages
             scale = collected["advantage_std"] + 1e-8 if args.whiten_advantages else 1.0
@@ -316,7 +316,7 @@ class Learner:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {**self.optimizers, **{f"{name}_schedule": s for name, s in self.schedules.items()}}
+        parts: dict[str, Any] = {**self.optimizers, **{f"{name}_schedule": s for name, s in self.schedules.items()}}
         return {**self.best_state_dict(), **{name: part.state_dict() for name, part in parts.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -336,7 +336,13 @@ class Learner:
 
 
 def policy_loss(
-    logprobs: Tensor, entropy: Tensor, rollout: Rollout, args: PPOArguments, kl_loss_coef: float, tokens: int, sums: MetricSums
+    logprobs: Tensor,
+    entropy: Tensor,
+    rollout: Rollout,
+    args: PPOArguments,
+    kl_loss_coef: float,
+    tokens: int,
+    sums: MetricSums,
 ) -> Tensor:
     """The clipped surrogate, a mean over the minibatch's tokens; with `kl_estimator: k2` also the KL from the reference.
 
@@ -348,7 +354,9 @@ def policy_loss(
     losses, clipped = clipped_policy_losses(logprobs, rollout.logprobs, rollout.advantages, args.clip_range)
     log_ratio = logprobs.detach() - rollout.logprobs
     update_kl = k3(rollout.logprobs, logprobs.detach())
-    sums.add(tokens, policy_loss=losses, clip_fraction=clipped, entropy=entropy, ratio=log_ratio.exp(), update_kl=update_kl)
+    sums.add(
+        tokens, policy_loss=losses, clip_fraction=clipped, entropy=entropy, ratio=log_ratio.exp(), update_kl=update_kl
+    )
     sums.largest("ratio_max_log", log_ratio.abs())
     if kl_loss_coef:
         losses = losses + kl_loss_coef * k2(logprobs, rollout.ref_logprobs)

@@ -33,7 +33,7 @@ from pipeline.models.loading import disable_noise, fit_embeddings, load_causal_l
 from pipeline.models.lora import lora_config, save_merged, scale_adapter_head
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
 from pipeline.models.tokenizers import assign_pad, assign_template, forbidden_token_ids, load_tokenizer, stop_token_ids
-from pipeline.rollout.rollout import LocalEngine, row_uniforms
+from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
 from pipeline.training.output import tokenizer_hashes, verify_parent
 from pipeline.training.stage import Run, launch, refuse_sharded
 from pipeline.training.trainer import (
@@ -397,13 +397,14 @@ def _unit_variance(
     tokenizer = encoder.tokenizer
     fit_embeddings(answering, len(tokenizer))
     stop_ids = stop_token_ids(encoder, answering.generation_config)
-    engine = LocalEngine(
+    settings = SamplingSettings(
         max_new_tokens=room,
         stop_ids=stop_ids,
+        forbidden_ids=forbidden_token_ids(tokenizer, answering.config.get_text_config().vocab_size, stop_ids),
         pad_id=tokenizer.pad_token_id,
-        forbidden=forbidden_token_ids(tokenizer, answering.config.get_text_config().vocab_size, stop_ids),
     )
-    answers = engine.responses(answering, ids, row_uniforms(args.seed, range(len(ids)), room))
+    sampled = LocalEngine(settings).sample(answering, ids, per_row_uniforms(args.seed, range(len(ids)), room))
+    answers = [response.ids for response in sampled]
     std = (
         score_ids(
             model,

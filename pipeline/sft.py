@@ -21,9 +21,9 @@ from pipeline.errors import UserError
 from pipeline.evaluation.metrics import Perplexity
 from pipeline.models.loading import load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged
-from pipeline.models.tokenizers import assign_pad, assign_template, load_tokenizer
-from pipeline.rollout.rewards import Scorer, build_scorer, identity
-from pipeline.rollout.rollout import greedy_responses
+from pipeline.models.tokenizers import assign_pad, assign_template, load_tokenizer, stop_token_ids
+from pipeline.rollout.greedy import GreedyScore
+from pipeline.rollout.rewards import ScoringSetup, build_scorer, identity
 from pipeline.training.output import tokenizer_hashes, verify_parent
 from pipeline.training.stage import Run, launch, refuse_sharded
 from pipeline.training.trainer import (
@@ -102,9 +102,10 @@ def main(run: Run[SFTArguments]) -> None:
         peft_config=lora_config(model, args.lora, "CAUSAL_LM") if args.lora else None,
     )
     if args.score:
-        trainer.scorer = build_scorer(args.score, encoder, trainer.accelerator.device)
-        trainer.score_records = held_out_records[: args.score_prompts]
-        trainer.encoder, trainer.max_response_tokens = encoder, args.max_response_tokens
+        setup = ScoringSetup(encoder, trainer.accelerator.device, stop_token_ids(encoder, model.generation_config))
+        scorer = build_scorer(args.score, setup)
+        records = held_out_records[: args.score_prompts]
+        trainer.greedy_score = GreedyScore(encoder, scorer, records, args.max_response_tokens)
     prepare_trainer(trainer, run)
     resumed = train(trainer, run)
 
@@ -136,26 +137,14 @@ def main(run: Run[SFTArguments]) -> None:
 class DemonstrationTrainer(StageTrainer, SFTTrainer):
     """SFTTrainer on rows that are encoded and packed already, with our held-out measure."""
 
-    scorer: Scorer | None = None
-    score_records: list[Record]
-    encoder: ChatEncoder
-    max_response_tokens: int
+    greedy_score: GreedyScore | None = None
 
     def measure(self) -> dict[str, float]:
         nll, tokens, hits = measure_tokens(self, self.eval_dataset, self.eval_rows)
         found = {**Perplexity().compute(nll=[nll], tokens=[tokens]), "token_accuracy": hits / max(tokens, 1)}
-        if self.scorer is not None:
-            found["score"] = self._score()
+        if self.greedy_score is not None:
+            found["score"] = self.greedy_score.measure(self.model)
         return found
-
-    def _score(self) -> float:
-        """Mean reward of greedy responses to held-out prompts: what I22 selects by, since loss overfits first (A8)."""
-        assert self.scorer is not None
-        prompts = [r["messages"][:-1] for r in self.score_records]
-        prompt_ids = [self.encoder.prompt_ids(prompt) for prompt in prompts]
-        rows = greedy_responses(self.model, self.encoder, prompt_ids, self.max_response_tokens)
-        asked = [record["row"] for record in self.score_records]
-        return float(self.scorer(prompts, prompt_ids, rows, asked).scores.mean())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._metrics["train"].pop("num_tokens", None)  # TRL's counter restarts at a resume

@@ -118,7 +118,9 @@ def compute_gae(
     Returns:
         advantages, returns: (value_tokens,) each; advantages are not whitened.
     """
-    padded_rewards, padded_values = (pad_sequence(x.split(lengths.tolist()), batch_first=True) for x in (rewards, values))
+    padded_rewards, padded_values = (
+        pad_sequence(x.split(lengths.tolist()), batch_first=True) for x in (rewards, values)
+    )
     mask = torch.arange(padded_values.shape[1])[None] < lengths[:, None]  # (sequences, longest)
     padded_advantages = torch.zeros_like(padded_values)
     running = next_values = torch.zeros_like(padded_values[:, 0])

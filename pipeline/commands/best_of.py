@@ -69,9 +69,7 @@ def write_demonstrations(options: BestOfOptions) -> int:
     usable = [i for i, ids in enumerate(best.response_ids) if ids[-1] in stop_ids and texts[i].strip()]
     if not usable:
         raise UserError(f"none of the best responses ended within {options.max_response_tokens} tokens; raise it")
-    rows = [
-        {"prompt": records[i]["prompt"], "response": texts[i], "score": round(best.scores[i], 4)} for i in usable
-    ]
+    rows = [{"prompt": records[i]["prompt"], "response": texts[i], "score": round(best.scores[i], 4)} for i in usable]
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

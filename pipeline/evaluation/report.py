@@ -20,7 +20,7 @@ from pipeline.data.entries import DatasetEntry
 from pipeline.data.packing import pack_documents
 from pipeline.data.records import PARSERS, Record, read_jsonl
 from pipeline.data.sources import digest_of, files_of, read_sources, split_texts
-from pipeline.data.splits import split_records, spread
+from pipeline.data.splits import shuffle_by_hash, split_records
 from pipeline.errors import UserError
 from pipeline.evaluation.llm_judge import Judge, compare_answers, judge_from
 from pipeline.evaluation.lm_eval_tasks import require_lm_eval, task_scores
@@ -34,8 +34,9 @@ from pipeline.models.token_nll import token_nll
 from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, stop_token_ids
 from pipeline.planning.devices import energy
 from pipeline.rollout.best_of_n import best_of_each, best_of_n, kl_bound
-from pipeline.rollout.rewards import Scorer, build_scorer, call_function, judge_labels
-from pipeline.rollout.rollout import LocalEngine, row_uniforms
+from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
+from pipeline.rollout.rewards import Answers as ScoredAnswers
+from pipeline.rollout.rewards import Scorer, ScoringSetup, build_scorer, call_function, judge_labels
 from pipeline.training.output import read_lineage, tokenizer_hashes, weights_sha256, write_json
 
 import numpy as np
@@ -207,7 +208,7 @@ def held_out_prompts(
     records = [record for source in sources for record in source.records]
     if not recipe.get("eval_datasets"):
         records = split_records(records, recipe["held_out_fraction"])[1]
-    records = spread(records)
+    records = shuffle_by_hash(records)
     if limit := recipe.get("max_prompt_tokens"):
         encoder = ChatEncoder(load_tokenizer(str(folder / stage)))
         records = [record for record in records if len(encoder.prompt_ids(record["prompt"])) <= limit]
@@ -229,8 +230,8 @@ def sample_answers(folder: Path, prompts: list[Record], ppo_recipe: dict[str, An
     """One sampled answer to each prompt, with the same random numbers for every stage."""
     model, engine, encoder = answering(folder, ppo_recipe)
     ids = [encoder.prompt_ids(record["prompt"]) for record in prompts]
-    uniforms = row_uniforms(SEED, range(len(ids)), engine.max_new_tokens)
-    found = engine.responses(model, ids, uniforms)
+    uniforms = per_row_uniforms(SEED, range(len(ids)), engine.settings.max_new_tokens)
+    found = [sample.ids for sample in engine.sample(model, ids, uniforms)]
     return Answers(encoder, ids, found, encoder.texts(found))
 
 
@@ -242,15 +243,15 @@ def answering(folder: Path, ppo_recipe: dict[str, Any]) -> tuple[Any, LocalEngin
     encoder = ChatEncoder(tokenizer)
     limit = ppo_recipe.get("max_response_tokens", 64)
     stop_ids = stop_token_ids(encoder, model.generation_config, ppo_recipe.get("stop_tokens", []))
-    engine = LocalEngine(
-        limit,
-        stop_ids,
-        tokenizer.pad_token_id,
-        forbidden_token_ids(tokenizer, model.get_output_embeddings().weight.shape[0], stop_ids),
-        ppo_recipe.get("temperature", 1.0),
-        ppo_recipe.get("generation_rows", 64),
+    settings = SamplingSettings(
+        max_new_tokens=limit,
+        stop_ids=stop_ids,
+        forbidden_ids=forbidden_token_ids(tokenizer, model.get_output_embeddings().weight.shape[0], stop_ids),
+        pad_id=tokenizer.pad_token_id,
+        temperature=ppo_recipe.get("temperature", 1.0),
+        rows=ppo_recipe.get("generation_rows", 64),
     )
-    return model, engine, encoder
+    return model, LocalEngine(settings), encoder
 
 
 def best_of_answers(
@@ -259,8 +260,9 @@ def best_of_answers(
     """The SFT model's best of n by the reward model, added to `answers`: what choosing gets without any training."""
     model, engine, encoder = answering(folder / "sft", ppo_recipe)
     device = next(model.parameters()).device
-    scorer = build_scorer([RewardSource(model=str(folder / "reward"))], encoder, device)
-    found = best_of_n(engine, model, encoder, scorer, prompts, n, SEED)
+    setup = ScoringSetup(encoder, device, engine.settings.stop_ids)
+    scorer = build_scorer([RewardSource(model=str(folder / "reward"))], setup)
+    found = best_of_n(engine, model, encoder, scorer, prompts, n=n, seed=SEED)
     ids = [encoder.prompt_ids(record["prompt"]) for record in prompts]
     answers[f"best_of_{n}"] = Answers(encoder, ids, found.response_ids, encoder.texts(found.response_ids))
     every = [bench.judge(prompts, Answers(encoder, ids, draw, encoder.texts(draw))) for draw in found.draws]
@@ -294,16 +296,17 @@ class Bench:
             try:
                 key = (path, tokenizer_hashes(answers.encoder.tokenizer))
                 if key not in self.scorers:
-                    self.scorers[key] = build_scorer([RewardSource(model=path)], answers.encoder, device)
+                    stops = [answers.encoder.eos_id, answers.encoder.end_id]
+                    setup = ScoringSetup(answers.encoder, device, stops)
+                    self.scorers[key] = build_scorer([RewardSource(model=path)], setup)
                 scorer = self.scorers[key]
-                found[label] = scorer(messages, answers.prompt_ids, answers.response_ids, rows).scores.tolist()
+                asked = ScoredAnswers(messages, answers.prompt_ids, answers.response_ids, answers.texts, rows)
+                found[label] = scorer(asked).scores.tolist()
             except UserError as error:
                 _note_once(self.notes, f"{label}: does not judge here: {error}")
         for label, name in self.functions.items():
             try:
-                verdicts = call_function(
-                    import_function(name), name, [m[-1]["content"] for m in messages], answers.texts, rows
-                )
+                verdicts = call_function(import_function(name), name, messages, answers.texts, rows)
             except UserError as error:
                 _note_once(self.notes, f"judge {name}: {error}")
             else:

@@ -79,11 +79,7 @@ def judge_by(function: Callable[..., Any], name: str, rows: Sequence[Row]) -> Ju
     for row in rows:
         record = row["record"]
         n = len(record["responses"])
-        scores.append(
-            call_function(
-                function, name, [record["prompt"][-1]["content"]] * n, record["responses"], [record["row"]] * n
-            )
-        )
+        scores.append(call_function(function, name, [record["prompt"]] * n, record["responses"], [record["row"]] * n))
     return Judged(rows, scores)
 
 

@@ -126,9 +126,7 @@ class AdapterNetworks(Networks):
         hidden = self.policy.hidden(batch.sequences)
         return head_values(self.head, hidden[batch.value_positions]) - self.offset
 
-    def accumulate_gradients(
-        self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss
-    ) -> None:
+    def accumulate_gradients(self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss) -> None:
         if policy_loss is not None:
             with self.active(POLICY):
                 with self.autocast():

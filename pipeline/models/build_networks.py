@@ -52,7 +52,8 @@ def build_networks(inputs: NetworkInputs, plan: DevicePlan, device: torch.device
     refuse_beyond_context(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
     arrangements = {"separate": _separate, "shared_trunk": _shared_backbone, "adapters": _adapters}
     networks = arrangements[args.roles](inputs, policy, plan, device)
-    networks.packed = all([enable_packed_attention(model) for model in networks.models()])
+    takes_packed = [enable_packed_attention(model) for model in networks.models()]  # all are tried
+    networks.packed = all(takes_packed)
     if not networks.packed:
         logger.warning("ppo: %s takes padded sequences only; its padding is computed too", type(policy).__name__)
     if plan.cast_frozen_to_bf16 and isinstance(networks, SeparateNetworks | SharedBackboneNetworks):

@@ -64,7 +64,8 @@ def response_batch(
     """
     rows = [[*prompt, *response] for prompt, response in zip(prompt_ids, response_ids, strict=True)]
     sequences = pack(rows, pad_id, attention_savings_worth_a_group(device.type)) if packed else pad(rows, pad_id)
-    token_positions, value_positions = [], []
+    token_positions: list[int] = []
+    value_positions: list[int] = []
     for start, prompt, response in zip(sequences.starts.tolist(), prompt_ids, response_ids, strict=True):
         first = start + len(prompt) - 1  # the state at the prompt's last token predicts the first response token
         token_positions += range(first, first + len(response))
@@ -102,9 +103,7 @@ class Networks:
     def __init__(self, autocast: Autocast):
         self.autocast = autocast
 
-    def accumulate_gradients(
-        self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss
-    ) -> None:
+    def accumulate_gradients(self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss) -> None:
         """Add the gradients of both losses to the trained parameters.
 
         Args:
@@ -159,9 +158,7 @@ class SeparateNetworks(Networks):
             "value": size_of(value),
         }
 
-    def accumulate_gradients(
-        self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss
-    ) -> None:
+    def accumulate_gradients(self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss) -> None:
         if policy_loss is not None:
             with self.autocast():
                 logprobs, entropy = self.policy(batch.sequences, batch.token_positions, batch.tokens)
@@ -212,9 +209,7 @@ class SharedBackboneNetworks(Networks):
         self.trained = {"policy": list(self.policy.parameters()), "value": list(self.head.parameters())}
         self.parameters = {"policy": size_of(policy.model), "reference": size_of(reference.model), "value": 0}
 
-    def accumulate_gradients(
-        self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss
-    ) -> None:
+    def accumulate_gradients(self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss) -> None:
         with self.autocast(), torch.set_grad_enabled(policy_loss is not None):
             hidden = self.policy.hidden(batch.sequences)
         loss = value_loss(self._values(hidden, batch))

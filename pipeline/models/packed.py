@@ -198,10 +198,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (batch, heads, length, size) in, (batch, length, heads, size) out."""
     if packing is None:
-        window = {"sliding_window": sliding_window} if sliding_window is not None else {}
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **window, **options
-        )
+        options |= {"sliding_window": sliding_window} if sliding_window is not None else {}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     unknown = [name for name, option in options.items() if option is not None and name not in IGNORED_OPTIONS]
     if unknown:  # soft-capped scores, attention sinks, position biases: this attention does not compute them
         raise ValueError(f"packed attention does not know {', '.join(unknown)}")

@@ -83,7 +83,16 @@ def small_copy(config: PreTrainedConfig, window: int = 4) -> PreTrainedModel | N
                 if size > MOST_PARAMETERS:
                     continue
                 model: Any = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
-            except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError, AssertionError, ZeroDivisionError):
+            except (
+                TypeError,
+                ValueError,
+                AttributeError,
+                RuntimeError,
+                KeyError,
+                IndexError,
+                AssertionError,
+                ZeroDivisionError,
+            ):
                 continue
             _set_unit_gain(model)
             return model  # type: ignore[no-any-return]

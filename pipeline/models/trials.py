@@ -76,7 +76,9 @@ def _isolates(model: Any) -> bool:
             together = model.base_model(
                 input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False
             ).last_hidden_state[0]
-            alone = [model.base_model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in sequences]
+            alone = [
+                model.base_model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in sequences
+            ]
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
     return _close(together, torch.cat([output.last_hidden_state[0] for output in alone]), model)

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.algorithms.logprobs import LOGITS_BYTES
 from pipeline.config.reader import load
 from pipeline.config.rewards import RewardSource
 from pipeline.config.stages import STAGES, SUPPORT, recipe_stages
 from pipeline.config.trainer import LoraOptions
 from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.sources import read_sources
-from pipeline.data.splits import spread
+from pipeline.data.splits import shuffle_by_hash
 from pipeline.errors import UserError
+from pipeline.models.sizes import LOGITS_BYTES
 from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import assign_template, load_tokenizer
 from pipeline.planning.devices import Device, devices
@@ -227,7 +227,7 @@ def _data(name: str, recipe: Any, model: Model) -> Data:
 
 def _some(records: list[Any]) -> list[Any]:
     """A sample that hashes choose."""
-    return spread(records[:: max(1, len(records) // (4 * SAMPLE))])[:SAMPLE]
+    return shuffle_by_hash(records[:: max(1, len(records) // (4 * SAMPLE))])[:SAMPLE]
 
 
 def _mean(values: list[Any]) -> float:

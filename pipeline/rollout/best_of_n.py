@@ -52,7 +52,9 @@ def best_of_each(judge: Tensor, proxy: Tensor) -> list[float]:
         n means: of best of k, each prompt's expectation without replacement (the order statistic's weights).
     """
     n = proxy.shape[0]
-    order = torch.argsort(proxy, dim=0, stable=True)  # ascending: the i-th is the best of k with weight C(i, k-1) / C(n, k)
+    order = torch.argsort(
+        proxy, dim=0, stable=True
+    )  # ascending: the i-th is the best of k with weight C(i, k-1) / C(n, k)
     sorted_judge = judge.gather(0, order).double().mean(1)
     return [
         sum(math.comb(i, k - 1) / math.comb(n, k) * sorted_judge[i].item() for i in range(k - 1, n))

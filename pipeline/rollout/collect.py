@@ -40,7 +40,9 @@ class Collector:
     plan: DevicePlan
     device: torch.device
 
-    def collect(self, prompts: Sequence[Prompt], seed: int, network: str = "policy", *, values: bool = True) -> list[Sample]:
+    def collect(
+        self, prompts: Sequence[Prompt], seed: int, network: str = "policy", *, values: bool = True
+    ) -> list[Sample]:
         """A sample per prompt, in their order, the same in every process.
 
         Args:

@@ -209,7 +209,9 @@ def decoder_of(model: Any) -> type[Decoder]:
     key = (type(model), model.config.to_json_string())
     if key not in _decoders:
         candidate = small_copy(model.config) or model
-        _decoders[key] = next(way for way in DECODERS if way is UncachedDecoder or _decodes_rows_as_alone(candidate, way))
+        _decoders[key] = next(
+            way for way in DECODERS if way is UncachedDecoder or _decodes_rows_as_alone(candidate, way)
+        )
         if _decoders[key] is not CachedDecoder:
             how = "finished rows are computed on" if _decoders[key] is WholeBatchDecoder else "without a cache, slowly"
             logger.warning("%s samples %s: its cache does not keep rows apart otherwise", type(model).__name__, how)

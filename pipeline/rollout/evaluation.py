@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.config.functions import import_function
 from pipeline.rollout.collect import Collector, ruled_scores
 from pipeline.rollout.prompts import Prompt
-from pipeline.rollout.rewards import Answers, call_function
+from pipeline.rollout.rewards import call_function
 from pipeline.rollout.rollout import Sample
 from pipeline.training.ppo_state import PPOState
 
@@ -46,10 +46,13 @@ class HeldOutEvaluation:
         if len(prompts) not in self._reference:
             self._reference[len(prompts)] = self.collector.collect(prompts, SEED + args.seed, "reference", values=False)
         reference = self._reference[len(prompts)]
-        texts = {s: self.collector.encoder.texts([x.ids for x in part]) for s, part in (("policy", policy), ("reference", reference))}
+        texts = {
+            s: self.collector.encoder.texts([x.ids for x in part])
+            for s, part in (("policy", policy), ("reference", reference))
+        }
         scores, reference_scores = ruled_scores(policy, args), ruled_scores(reference, args)
         metrics = _metrics(policy, reference, args)
-        metrics |= self.collector.processes.from_main(lambda: self._verdicts(prompts, policy, texts["policy"]))
+        metrics |= self.collector.processes.from_main(lambda: self._verdicts(prompts, texts["policy"]))
         samples = [
             {
                 "prompt": prompts[i].messages[-1]["content"],
@@ -65,14 +68,13 @@ class HeldOutEvaluation:
         ]
         return Evaluation(metrics, samples)
 
-    def _verdicts(self, prompts: Sequence[Prompt], samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
-        """Mean and standard error of each judge."""
-        answers = Answers(
-            [p.messages for p in prompts], [p.ids for p in prompts], [s.ids for s in samples], texts, [p.row for p in prompts]
-        )
+    def _verdicts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
+        """Mean and standard error of each judge's scores."""
+        messages, rows = [prompt.messages for prompt in prompts], [prompt.row for prompt in prompts]
         verdicts: dict[str, float] = {}
         for label, name in self.judges.items():
-            values = torch.tensor(call_function(import_function(name), name, answers), dtype=torch.float64)
+            scores = call_function(import_function(name), name, messages, texts, rows)
+            values = torch.tensor(scores, dtype=torch.float64)
             verdicts |= {f"eval_{label}": values.mean().item(), f"eval_{label}_se": standard_error(values)}
         return verdicts
 

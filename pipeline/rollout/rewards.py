@@ -140,7 +140,7 @@ def identity(sources: Sequence[RewardSource]) -> list[Any]:
 def part_names(sources: Sequence[RewardSource]) -> list[str]:
     """The name of each source's part in metrics: its function, or `reward_model` where there is one model only."""
     models = [source.model for source in sources if source.model is not None]
-    return [s.function if s.model is None else "reward_model" if len(models) == 1 else s.model for s in sources]
+    return [str(s.function) if s.model is None else "reward_model" if len(models) == 1 else s.model for s in sources]
 
 
 def build_scorer(
@@ -154,7 +154,7 @@ def build_scorer(
     parts = [
         _model_part(source.model, name, source.weight, setup)
         if source.model is not None
-        else _function_part(source.function, source.weight)
+        else _function_part(name, source.weight)
         for source, name in zip(sources, part_names(sources), strict=True)
     ]
     return Scorer(parts, ensemble, penalty)
@@ -188,7 +188,7 @@ def _model_part(path: str, name: str, weight: float, setup: ScoringSetup) -> Rew
 
 def _as_trained(answers: Answers, setup: ScoringSetup) -> list[list[int]]:
     """Prompts and responses, a response that ended at any stop token read at the token that the reward model was trained on."""
-    ended = setup.encoder.finished_ids(answers.response_ids, setup.stop_ids)
+    ended = [setup.encoder.finished_ids(ids, setup.stop_ids) for ids in answers.response_ids]
     return [[*prompt, *response] for prompt, response in zip(answers.prompt_ids, ended, strict=True)]
 
 
@@ -208,12 +208,20 @@ def _function_part(name: str, weight: float) -> RewardPart:
     function = import_function(name)
 
     def compute(answers: Answers) -> Tensor:
-        return torch.tensor(call_function(function, name, answers), dtype=torch.float32)
+        return torch.tensor(
+            call_function(function, name, answers.prompts, answers.texts, answers.rows), dtype=torch.float32
+        )
 
     return RewardPart(name, weight, compute)
 
 
-def call_function(function: RewardFunction, name: str, answers: Answers) -> list[float]:
+def call_function(
+    function: RewardFunction,
+    name: str,
+    prompts: Sequence[Sequence[Message]],
+    texts: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+) -> list[float]:
     """The function's scores, one number per response.
 
     The function gets the last message of each prompt, so that a text prompt is itself.
@@ -221,8 +229,8 @@ def call_function(function: RewardFunction, name: str, answers: Answers) -> list
     Raises:
         UserError: it takes other arguments, raises, or returns something else; says what and where.
     """
-    prompts = [str(prompt[-1]["content"]) for prompt in answers.prompts]
-    arguments = (prompts, list(answers.texts), [dict(row) for row in answers.rows])
+    last_messages = [str(prompt[-1]["content"]) for prompt in prompts]
+    arguments = (last_messages, list(texts), [dict(row) for row in rows])
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
@@ -241,7 +249,7 @@ def call_function(function: RewardFunction, name: str, answers: Answers) -> list
         raise UserError(
             f"{where.filename}:{where.lineno}: reward function {name!r} raised {type(error).__name__}: {error}"
         ) from error
-    return _numbers(returned, name, len(answers))
+    return _numbers(returned, name, len(texts))
 
 
 def _numbers(returned: Any, name: str, count: int) -> list[float]:

@@ -15,8 +15,8 @@ from pipeline.data.mixing import mixture_indices
 from pipeline.data.packing import pack_documents
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.errors import UserError
-from pipeline.models.build_networks import NetworkInputs, build_networks, refuse_other_base
 from pipeline.models.adapter_networks import AdapterNetworks
+from pipeline.models.build_networks import NetworkInputs, build_networks, refuse_other_base
 from pipeline.models.precision import device_plan
 from pipeline.models.tokenizers import load_tokenizer, require_pad, set_stop_tokens, stop_token_ids
 from pipeline.models.trials import isolates_packed_documents
@@ -101,7 +101,9 @@ def _check_processes(accelerator: Accelerator, args: Any) -> None:
         )
     processes = accelerator.num_processes
     if args.prompts_per_rollout % processes:
-        raise UserError(f"prompts_per_rollout ({args.prompts_per_rollout}) must be a multiple of the {processes} processes")
+        raise UserError(
+            f"prompts_per_rollout ({args.prompts_per_rollout}) must be a multiple of the {processes} processes"
+        )
     minibatch = args.prompts_per_rollout // args.minibatches
     if minibatch < processes:
         raise UserError(f"a minibatch of {minibatch} prompts is less than one per process; lower minibatches")
@@ -124,7 +126,9 @@ def prepare_collector(inputs: PPOInputs, run: Run[Any]) -> Collector:
         plan,
         device,
     )
-    loaded = {networks.reward_path: networks.reward} if isinstance(networks, AdapterNetworks) and networks.reward else {}
+    loaded = (
+        {networks.reward_path: networks.reward} if isinstance(networks, AdapterNetworks) and networks.reward else {}
+    )
     setup = ScoringSetup(encoder, device, inputs.stop_ids, plan.autocast, plan.cast_frozen_to_bf16, loaded)
     settings = SamplingSettings(
         max_new_tokens=args.max_response_tokens,

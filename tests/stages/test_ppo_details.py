@@ -11,7 +11,7 @@ from pipeline import ppo
 from pipeline.algorithms.kl import adapt_kl_coef, k2, k3
 from pipeline.algorithms.ppo import RunningMoments, shape_rewards, value_mask_of
 from pipeline.algorithms.schedules import lr_factor
-from pipeline.data.batching import endless
+from pipeline.data.batching import epoch_permutation_indices
 from pipeline.data.encoding import ChatEncoder
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.tokenizers import load_tokenizer
@@ -312,7 +312,7 @@ def test_a33_ptx_adds_its_gradient_before_the_step(policy: Path, tmp_path: Path,
     loop, model = loops[-1], load_causal_lm(str(policy))
     total, tokens = torch.zeros(()), 0
     number = round(8.0 * 16)
-    for i in endless(len(loop.blocks), 0, number, 1):
+    for i in epoch_permutation_indices(len(loop.blocks), 0, number, 1):
         ids = torch.tensor([loop.blocks[i]["input_ids"]])
         positions = torch.tensor([loop.blocks[i]["position_ids"]])
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, :-1]
