@@ -28,7 +28,7 @@ from pipeline.rollout.prompts import PromptSet, prepare_prompts
 from pipeline.rollout.rewards import DISAGREEMENT, ScoringSetup, build_scorer, identity, judge_labels, part_names
 from pipeline.training.output import Parent, read_lineage, tokenizer_hashes, verify_parent, write_json
 from pipeline.training.ppo_state import BEST
-from pipeline.training.stage import Run
+from pipeline.training.run import Run
 
 import torch
 from accelerate import Accelerator, DistributedType
