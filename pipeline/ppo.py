@@ -37,7 +37,8 @@ from pipeline.training.metric_sums import MetricSums
 from pipeline.training.ppo_log import PPOLog
 from pipeline.training.ppo_state import PPOState, load_best, load_checkpoint, save_best, save_checkpoint
 from pipeline.training.processes import Processes
-from pipeline.training.stage import Run, launch
+from pipeline.training.run import Run
+from pipeline.training.stage import launch
 
 import torch
 from accelerate.utils import set_seed

@@ -21,7 +21,8 @@ from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond
 from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
 from pipeline.training.output import tokenizer_hashes, verify_parent
-from pipeline.training.stage import Run, launch
+from pipeline.training.run import Run
+from pipeline.training.stage import launch
 from pipeline.training.trainer import (
     StageTrainer,
     measure_tokens,

@@ -35,7 +35,8 @@ from pipeline.models.reward_model import init_head, load_scalar_model, no_cache,
 from pipeline.models.tokenizers import assign_pad, assign_template, forbidden_token_ids, load_tokenizer, stop_token_ids
 from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
 from pipeline.training.output import tokenizer_hashes, verify_parent
-from pipeline.training.stage import Run, launch, refuse_sharded
+from pipeline.training.run import Run
+from pipeline.training.stage import launch
 from pipeline.training.trainer import (
     StageTrainer,
     prepare_trainer,
@@ -56,7 +57,6 @@ logger = logging.getLogger("pipeline.reward")  # __name__ is __main__ under acce
 
 def main(run: Run[RewardArguments]) -> None:
     args = run.args
-    refuse_sharded("reward scores in whole models")
     parent = verify_parent(args.parent, SUPPORT["reward"].parents)
     sources = read_sources(args.datasets, "ranking", args.data_root, spool=True)
     demonstrations = read_sources(args.center_on, "demonstration", args.data_root)

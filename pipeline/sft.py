@@ -25,7 +25,8 @@ from pipeline.models.tokenizers import assign_pad, assign_template, load_tokeniz
 from pipeline.rollout.greedy import GreedyScore
 from pipeline.rollout.rewards import ScoringSetup, build_scorer, identity
 from pipeline.training.output import tokenizer_hashes, verify_parent
-from pipeline.training.stage import Run, launch, refuse_sharded
+from pipeline.training.run import Run
+from pipeline.training.stage import launch
 from pipeline.training.trainer import (
     StageTrainer,
     measure_tokens,
@@ -45,8 +46,6 @@ Example = tuple[list[int], list[int]]
 
 def main(run: Run[SFTArguments]) -> None:
     args = run.args
-    if args.lora:
-        refuse_sharded("adapters are merged in whole models")
     parent = verify_parent(args.parent, SUPPORT["sft"].parents)
     sources = read_sources(args.datasets, "demonstration", args.data_root)
     tokenizer = load_tokenizer(parent.path)

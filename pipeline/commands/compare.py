@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,20 @@ from rich.table import Table
 # Where a run lies and how it talks are no differences of what it is.
 PLACES = ("output_dir", "parent", "reward", "run_name", "report_to", "quiet", "data_root")
 DEEPEST = 3  # levels of nested figures that are compared one by one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs=2, type=os.path.expanduser, metavar="RUN", help="folder of a run, or of one stage"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    first, second = args.runs
+    if os.path.realpath(first) == os.path.realpath(second):
+        raise UserError(f"{first!r} and {second!r} are the same folder; name two runs")
+    return compare_runs(first, second, args.json)
 
 
 def compare_runs(first: str, second: str, as_json: bool = False) -> int:

@@ -36,7 +36,7 @@ from pipeline.planning.sizing import (
     parameters,
     step_memory,
 )
-from pipeline.training.stage import accelerate_config
+from pipeline.training.launcher import accelerate_config
 
 import transformers
 from rich.console import Console

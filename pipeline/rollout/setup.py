@@ -28,13 +28,11 @@ from pipeline.rollout.prompts import PromptSet, prepare_prompts
 from pipeline.rollout.rewards import DISAGREEMENT, ScoringSetup, build_scorer, identity, judge_labels, part_names
 from pipeline.training.output import Parent, read_lineage, tokenizer_hashes, verify_parent, write_json
 from pipeline.training.ppo_state import BEST
-from pipeline.training.stage import Run
+from pipeline.training.run import Run
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from transformers import GenerationConfig
-
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,6 @@ def _generation_config(path: str) -> GenerationConfig | None:
 
 
 def _check_processes(accelerator: Accelerator, args: Any) -> None:
-    if accelerator.distributed_type not in SUPPORTED:
-        raise UserError(
-            f"PPO does not run under {accelerator.distributed_type.value} yet; use one process, or DDP "
-            "(recipes/accelerate/ddp.yaml)"
-        )
     processes = accelerator.num_processes
     if args.prompts_per_rollout % processes:
         raise UserError(

@@ -25,6 +25,7 @@ import pipeline
 from pipeline.data.hashing import sha256_file, sha256_json
 from pipeline.errors import UserError
 from pipeline.training import history
+from pipeline.training.parent_names import check_no_adapter, is_hub_id
 
 LINEAGE = "lineage.json"
 MANIFEST = "manifest.json"
@@ -103,7 +104,7 @@ def verify_parent(path: str, stages: tuple[str, ...]) -> Parent:
     if folder.is_file():
         raise UserError(f"parent {path!r} is a file; name the model's folder")
     if not folder.exists():
-        if "/" in path and not path.startswith((".", "/")) and path.count("/") == 1 and not path.startswith("runs/"):
+        if is_hub_id(path):
             return _hub_parent(path)
         raise UserError(f"parent {path!r} does not exist; run the stage that writes it first, or correct `parent:`")
     if any(CHECKPOINT.fullmatch(entry.name) for entry in folder.iterdir()):
@@ -112,6 +113,7 @@ def verify_parent(path: str, stages: tuple[str, ...]) -> Parent:
         )
     lineage = read_lineage(folder)
     if lineage is None:
+        check_no_adapter(folder)
         if not (folder / "config.json").is_file():
             raise UserError(f"parent {path!r} has no config.json and no {LINEAGE}: it is no model folder")
         return Parent(path=path, stage=None, weights_sha256=weights_sha256(folder))

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.errors import shorten
 from pipeline.training import history
 from pipeline.training.output import write_json
-from pipeline.training.stage import Run
+from pipeline.training.run import Run
 from pipeline.training.trackers import PROJECT, log_samples
 
 from accelerate import Accelerator

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.models.precision import accelerator_type, device_plan
 from pipeline.models.token_nll import token_nll
 from pipeline.training import history
-from pipeline.training.stage import Run
+from pipeline.training.run import Run
 
 import torch
 from torch.utils.data import DataLoader
