@@ -78,7 +78,7 @@ def main(run: Run[RewardArguments]) -> None:
     set_seed(args.seed)
     model = load_scalar_model(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
-    if note := assign_template(tokenizer):
+    if note := assign_template(tokenizer, model, args.chat_template, args.output_dir):
         logger.warning("reward: %s", note)
     if note := assign_pad(tokenizer, model):
         logger.warning("reward: %s", note)
@@ -92,6 +92,8 @@ def main(run: Run[RewardArguments]) -> None:
         logger.warning("reward: %.3g epochs; comparisons overfit past the first (I22)", args.epochs)
 
     encoder = ChatEncoder(tokenizer)
+    for note in encoder.notes:
+        logger.warning("reward: %s", note)
     rows, eval_rows, outsider_rows = _encode_all(encoder, sources, split, args)
     if not len(rows) or not eval_rows:
         raise UserError(

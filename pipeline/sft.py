@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.metrics import Perplexity
 from pipeline.models.loading import load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged
-from pipeline.models.tokenizers import assign_pad, assign_template, load_tokenizer, stop_token_ids
+from pipeline.models.tokenizers import assign_pad, assign_template, load_tokenizer, set_stop_tokens, stop_token_ids
 from pipeline.rollout.greedy import GreedyScore
 from pipeline.rollout.rewards import ScoringSetup, build_scorer, identity
 from pipeline.training.output import tokenizer_hashes, verify_parent
@@ -63,11 +63,14 @@ def main(run: Run[SFTArguments]) -> None:
     set_seed(args.seed)
     model = load_causal_lm(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
-    if note := assign_template(tokenizer):
+    if note := assign_template(tokenizer, model, args.chat_template, args.output_dir):
         logger.warning("sft: %s", note)
     if note := assign_pad(tokenizer, model):
         logger.warning("sft: %s", note)
     encoder = ChatEncoder(tokenizer)
+    for note in encoder.notes:
+        logger.warning("sft: %s", note)
+    set_stop_tokens(model, stop_token_ids(encoder, model.generation_config))
 
     splits = [split_records(source.records, args.held_out_fraction) for source in sources]
     encoded = [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)]
