@@ -80,8 +80,9 @@ def main(run: Run[RewardArguments]) -> None:
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
     if note := assign_template(tokenizer, model, args.chat_template, args.output_dir):
         logger.warning("reward: %s", note)
-    if note := assign_pad(tokenizer, model):
-        logger.warning("reward: %s", note)
+    for note in (add_missing_rows(tokenizer, model), assign_pad(tokenizer, model)):
+        if note:
+            logger.warning("reward: %s", note)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if parent.stage != "reward":
         std = init_head(model, args.head_std, args.seed)
@@ -113,7 +114,7 @@ def main(run: Run[RewardArguments]) -> None:
         eval_dataset=datasets.Dataset.from_list([tensors_only(row) for row in eval_rows], features=FEATURES),
         data_collator=RankingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        peft_config=lora_config(model, args.lora, "SEQ_CLS") if args.lora else None,
+        peft_config=lora_config(model, args.lora, "SEQ_CLS", tokenizer) if args.lora else None,
     )
     trainer.tie_margin = args.tie_margin if args.ties == "margin" else 0.0
     if args.group_by_length:

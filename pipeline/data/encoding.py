@@ -230,6 +230,11 @@ PROBES: tuple[tuple[str, ...], ...] = (
 
 def document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Documents for language modelling: a start token, the text, EOS. The start token is BOS, or EOS where there is none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; documents could not end: name one as "
+            "`eos_token` in its tokenizer_config.json"
+        )
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = TextTokenizer(tokenizer).encode_texts(texts)
     return [[start, *ids, tokenizer.eos_token_id] for ids in encoded]

@@ -99,6 +99,37 @@ def require_pad(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         )
 
 
+def add_missing_rows(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str | None:
+    """Rows for tokens that were added to a tokenizer without resizing its model; returns what was done, or None.
+
+    The rows start at the mean of the others and are trained (with LoRA too). A stage that trains no embedding cannot use
+    this: it asks `require_rows`.
+    """
+    table: Any = model.get_input_embeddings()
+    rows = table.weight.shape[0]
+    beyond = sorted(token for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if not beyond:
+        return None
+    fit_embeddings(model, max(tokenizer.get_vocab().values()) + 1)
+    return f"the tokenizer knows {len(beyond)} tokens that the model has no rows for ({_some(beyond)}); rows were added"
+
+
+def require_rows(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, path: str) -> None:
+    """Every token of the tokenizer has a row in the model's embedding."""
+    table: Any = model.get_input_embeddings()
+    rows = table.weight.shape[0]
+    beyond = sorted(token for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if beyond:
+        raise UserError(
+            f"the tokenizer of {path!r} knows {len(beyond)} tokens that the model has no rows for ({_some(beyond)}); "
+            "run SFT from it, which adds and trains them"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+
+
 def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str | None:
     """Give an external model a pad token apart from EOS; returns what was done, or None if it had one."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
