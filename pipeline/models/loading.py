@@ -234,10 +234,19 @@ def refuse_beyond_context(config: Any, tokens: int, key: str) -> None:
 
 
 def fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
-    """More rows for new tokens; never fewer (some models keep spare rows)."""
-    table: Any = model.get_input_embeddings()
-    if tokens > table.weight.shape[0]:
-        model.resize_token_embeddings(tokens)
+    """More rows for new tokens, each the mean of the old ones; never fewer (some models keep spare rows)."""
+    before = [table.weight.shape[0] for table in _tables(model)]
+    if tokens <= before[0]:
+        return
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    with torch.no_grad():
+        for rows, table in zip(before, _tables(model), strict=True):
+            table.weight[rows:] = table.weight[:rows].mean(0)
+
+
+def _tables(model: PreTrainedModel) -> list[Any]:
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [table for table in tables if table is not None]
 
 
 def set_pad(model: PreTrainedModel, pad_id: int | None) -> None:
