@@ -32,7 +32,14 @@ from pipeline.evaluation.reward_model import measure
 from pipeline.models.loading import disable_noise, fit_embeddings, load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged, scale_adapter_head
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
-from pipeline.models.tokenizers import assign_pad, assign_template, forbidden_token_ids, load_tokenizer, stop_token_ids
+from pipeline.models.tokenizers import (
+    add_missing_rows,
+    assign_pad,
+    assign_template,
+    forbidden_token_ids,
+    load_tokenizer,
+    stop_token_ids,
+)
 from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
 from pipeline.training.output import tokenizer_hashes, verify_parent
 from pipeline.training.stage import Run, launch, refuse_sharded

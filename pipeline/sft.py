@@ -21,7 +21,14 @@ from pipeline.errors import UserError
 from pipeline.evaluation.metrics import Perplexity
 from pipeline.models.loading import keep_router_logits_off, load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged
-from pipeline.models.tokenizers import add_missing_rows, assign_pad, assign_template, load_tokenizer, set_stop_tokens, stop_token_ids
+from pipeline.models.tokenizers import (
+    add_missing_rows,
+    assign_pad,
+    assign_template,
+    load_tokenizer,
+    set_stop_tokens,
+    stop_token_ids,
+)
 from pipeline.rollout.greedy import GreedyScore
 from pipeline.rollout.rewards import ScoringSetup, build_scorer, identity
 from pipeline.training.output import tokenizer_hashes, verify_parent

@@ -10,7 +10,6 @@ from pipeline.algorithms.schedules import lr_factor
 
 import pytest
 import torch
-from pipeline.algorithms.masking import masked_mean, masked_sum, whiten
 
 
 def test_logprobs_are_those_of_the_sampled_distribution() -> None:
