@@ -32,7 +32,14 @@ from pipeline.evaluation.reward_model import measure
 from pipeline.models.loading import disable_noise, fit_embeddings, load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged, scale_adapter_head
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
-from pipeline.models.tokenizers import assign_pad, assign_template, forbidden_token_ids, load_tokenizer, stop_token_ids
+from pipeline.models.tokenizers import (
+    add_missing_rows,
+    assign_pad,
+    assign_template,
+    forbidden_token_ids,
+    load_tokenizer,
+    stop_token_ids,
+)
 from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
 from pipeline.training.output import tokenizer_hashes, verify_parent
 from pipeline.training.run import Run
@@ -78,10 +85,11 @@ def main(run: Run[RewardArguments]) -> None:
     set_seed(args.seed)
     model = load_scalar_model(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
-    if note := assign_template(tokenizer):
+    if note := assign_template(tokenizer, model, args.chat_template, args.output_dir):
         logger.warning("reward: %s", note)
-    if note := assign_pad(tokenizer, model):
-        logger.warning("reward: %s", note)
+    for note in (add_missing_rows(tokenizer, model), assign_pad(tokenizer, model)):
+        if note:
+            logger.warning("reward: %s", note)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if parent.stage != "reward":
         std = init_head(model, args.head_std, args.seed)
@@ -92,6 +100,8 @@ def main(run: Run[RewardArguments]) -> None:
         logger.warning("reward: %.3g epochs; comparisons overfit past the first (I22)", args.epochs)
 
     encoder = ChatEncoder(tokenizer)
+    for note in encoder.notes:
+        logger.warning("reward: %s", note)
     rows, eval_rows, outsider_rows = _encode_all(encoder, sources, split, args)
     if not len(rows) or not eval_rows:
         raise UserError(
@@ -111,7 +121,7 @@ def main(run: Run[RewardArguments]) -> None:
         eval_dataset=datasets.Dataset.from_list([tensors_only(row) for row in eval_rows], features=FEATURES),
         data_collator=RankingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        peft_config=lora_config(model, args.lora, "SEQ_CLS") if args.lora else None,
+        peft_config=lora_config(model, args.lora, "SEQ_CLS", tokenizer) if args.lora else None,
     )
     trainer.tie_margin = args.tie_margin if args.ties == "margin" else 0.0
     if args.group_by_length:

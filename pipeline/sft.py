@@ -19,9 +19,16 @@ from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.splits import split_records
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import Perplexity
-from pipeline.models.loading import load_causal_lm, refuse_beyond_context
+from pipeline.models.loading import keep_router_logits_off, load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged
-from pipeline.models.tokenizers import assign_pad, assign_template, load_tokenizer, stop_token_ids
+from pipeline.models.tokenizers import (
+    add_missing_rows,
+    assign_pad,
+    assign_template,
+    load_tokenizer,
+    set_stop_tokens,
+    stop_token_ids,
+)
 from pipeline.rollout.greedy import GreedyScore
 from pipeline.rollout.rewards import ScoringSetup, build_scorer, identity
 from pipeline.training.output import tokenizer_hashes, verify_parent
@@ -62,11 +69,15 @@ def main(run: Run[SFTArguments]) -> None:
     set_seed(args.seed)
     model = load_causal_lm(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
-    if note := assign_template(tokenizer):
+    if note := assign_template(tokenizer, model, args.chat_template, args.output_dir):
         logger.warning("sft: %s", note)
-    if note := assign_pad(tokenizer, model):
-        logger.warning("sft: %s", note)
+    for note in (add_missing_rows(tokenizer, model), assign_pad(tokenizer, model)):
+        if note:
+            logger.warning("sft: %s", note)
     encoder = ChatEncoder(tokenizer)
+    for note in encoder.notes:
+        logger.warning("sft: %s", note)
+    set_stop_tokens(model, stop_token_ids(encoder, model.generation_config))
 
     splits = [split_records(source.records, args.held_out_fraction) for source in sources]
     encoded = [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)]
@@ -98,13 +109,14 @@ def main(run: Run[SFTArguments]) -> None:
         eval_dataset=datasets.Dataset.from_list([join_examples([e]) for e in held_out]),
         data_collator=BlockCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        peft_config=lora_config(model, args.lora, "CAUSAL_LM") if args.lora else None,
+        peft_config=lora_config(model, args.lora, "CAUSAL_LM", tokenizer) if args.lora else None,
     )
     if args.score:
         setup = ScoringSetup(encoder, trainer.accelerator.device, stop_token_ids(encoder, model.generation_config))
         scorer = build_scorer(args.score, setup)
         records = held_out_records[: args.score_prompts]
         trainer.greedy_score = GreedyScore(encoder, scorer, records, args.max_response_tokens)
+    keep_router_logits_off(model)  # TRL asks for them in its calls
     prepare_trainer(trainer, run)
     resumed = train(trainer, run)
 

@@ -6,8 +6,10 @@ ends an answer. A template that changes contents or loses messages is refused.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,6 +65,21 @@ PROBE = "aBc <b>&'\"é ß Ü ﬁ</b> {{ x }} 10%\n\n  two"
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
+def prints_date(template: str) -> bool:
+    """Whether a template asks transformers for the current time."""
+    return re.search(r"\bstrftime_now\b", template) is not None and not template.startswith(FROZEN)
+
+
+def freeze_date(template: str, date: datetime.date) -> str:
+    """The template with its own `strftime_now`, which knows one day alone."""
+    formats = sorted({text for _, text in re.findall(r"""(['"])([^'"]*%[^'"]*)\1""", template)})
+    known = ", ".join(f"{form!r}: {date.strftime(form)!r}" for form in formats)
+    return FROZEN + "{{ {" + known + "}[format] }}{%- endmacro %}{{ '' }}" + template
+
+
+FROZEN = "{% macro strftime_now(format) -%}"
+
+
 class TemplateRefusal(UserError):
     """The chat template cannot hold these messages; whoever knows the row adds its file and line."""
 
@@ -83,6 +100,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path
+        if prints_date(str(tokenizer.chat_template)):  # no stage froze it; within this process it is one day
+            tokenizer.chat_template = freeze_date(str(tokenizer.chat_template), datetime.date.today())
         if not tokenizer.chat_template:
             raise UserError(f"the tokenizer of {self.name!r} has no chat template; run SFT first, it assigns one")
         self.as_parts = self._wants_parts()

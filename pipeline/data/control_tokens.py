@@ -40,14 +40,12 @@ def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return ids - ({tokenizer.unk_token_id} - steering)
 
 
-def turn_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def turn_token_ids(template: ChatTemplate) -> set[int]:
     """Ids of control tokens with which the chat template opens and closes turns: sampling one would fake a turn.
 
     `<name>` with a `</name>` in the vocabulary is markup inside an answer, such as `<think>`, and no turn token.
     """
-    if not tokenizer.chat_template:
-        return set()
-    template = ChatTemplate(tokenizer)
+    tokenizer = template.tokenizer
     text = "".join([*template.pieces(("user",), True), template.history_header])
     written = set(tokenizer(text, add_special_tokens=False)["input_ids"]) & control_token_ids(tokenizer)
     vocabulary = tokenizer.get_vocab()
@@ -55,12 +53,9 @@ def turn_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i, name in names.items() if not name.startswith("</") and "</" + name[1:] not in vocabulary}
 
 
-def opened_markup_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def opened_markup_ids(template: ChatTemplate) -> set[int]:
     """Ids of the `</name>` that must be sampled to close a `<name>` which the template's prompt for an answer opens."""
-    if not tokenizer.chat_template:
-        return set()
-    header = ChatTemplate(tokenizer).header
-    vocabulary = tokenizer.get_vocab()
+    header, vocabulary = template.header, template.tokenizer.get_vocab()
     closing = {"</" + name + ">" for name in re.findall(r"<(\w+)>", header) if f"</{name}>" not in header}
     return {vocabulary[name] for name in closing if name in vocabulary}
 
@@ -70,13 +65,11 @@ class TextTokenizer:
 
     Attributes:
         control: ids that contents never become.
-        unreadable: special ids that `decode(skip_special_tokens=True)` would still show.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.control = control_token_ids(tokenizer)
-        self.unreadable = special_token_ids(tokenizer) - set(tokenizer.all_special_ids)
         self.anchor = self._ids("\n")
 
     def _ids(self, text: str) -> list[int]:

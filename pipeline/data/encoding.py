@@ -19,7 +19,7 @@ from pipeline.data.chat_template import (
     Message,
     TemplateRefusal,
 )
-from pipeline.data.control_tokens import TextTokenizer
+from pipeline.data.control_tokens import TextTokenizer, special_token_ids, turn_token_ids
 from pipeline.errors import UserError, shorten
 
 from transformers import PreTrainedTokenizerBase
@@ -57,6 +57,8 @@ class ChatEncoder:
         self.text = TextTokenizer(tokenizer)
         self.eos_id: int = tokenizer.eos_token_id
         self.end_id = self._end_of_answer()
+        # What `decode(skip_special_tokens=True)` would still show of the template.
+        self.unreadable = special_token_ids(tokenizer) | turn_token_ids(self.template) | {self.end_id}
         # Whether an earlier answer of a dialogue follows the header that serving prompts with.
         self.trains_earlier = self.template.history_header == self.template.header + self.template.answer_prefix
 
@@ -81,7 +83,7 @@ class ChatEncoder:
     def texts(self, response_ids: Sequence[Sequence[int]]) -> list[str]:
         """What readers and judges see of responses: their text without control tokens."""
         prefix = self.template.answer_prefix
-        shown = [[i for i in ids if i not in self.text.unreadable] for ids in response_ids]
+        shown = [[i for i in ids if i not in self.unreadable] for ids in response_ids]
         texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in shown]
         return [text.removeprefix(prefix) for text in texts]
 
@@ -108,10 +110,23 @@ class ChatEncoder:
         for index, message in enumerate(prompt):
             if message["role"] == "assistant" and index + merged >= first_trained and self.trains_earlier:
                 start, end = spans[index]
-                end += ids[end : end + 1] in ([self.end_id], [self.eos_id])
                 labels[start:end] = ids[start:end]
+                while end < len(ids) and ids[end] not in self.text.control and self._is_space(ids[end]):
+                    end += 1  # some templates write white space before the end of an answer
+                if end < len(ids) and ids[end] in (self.end_id, self.eos_id):
+                    labels[end] = ids[end]
         last = response if len(messages) > first_trained else [IGNORE] * len(response)
         return ids + response, labels + last
+
+    def examples(
+        self, messages: Sequence[Message], first_trained: int = 0, loss_on: str = "responses"
+    ) -> list[tuple[list[int], list[int]]]:
+        """`dialogue`, as one example; or one example per trained answer where the template writes another header before
+        earlier answers than serving prompts with (reasoning templates)."""
+        if self.trains_earlier or loss_on == "all":
+            return [self.dialogue(messages, first_trained, loss_on)]
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first_trained]
+        return [self.dialogue(messages[: i + 1], i) for i in answers]
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -133,9 +148,12 @@ class ChatEncoder:
         for token in self.text.encode([(self.template.answer_tail, False)])[0]:
             if token in self.text.control:
                 leading.append(token)
-            elif leading or str(self.tokenizer.decode([token])).strip():
+            elif leading or not self._is_space(token):
                 break
         return self.eos_id if self.eos_id in leading or not leading else leading[0]
+
+    def _is_space(self, token: int) -> bool:
+        return not str(self.tokenizer.decode([token])).strip()
 
     @functools.cached_property
     def notes(self) -> list[str]:
@@ -149,7 +167,7 @@ class ChatEncoder:
         if not self.trains_earlier:
             notes.append(
                 f"the chat template writes {self.template.history_header!r} before earlier answers but prompts with "
-                f"{self.template.header!r}; only the last answer of a dialogue is trained"
+                f"{self.template.header!r}; in one example only the last answer of a dialogue is trained"
             )
         if difference := self._serving_difference():
             notes.append(difference)
@@ -212,6 +230,11 @@ PROBES: tuple[tuple[str, ...], ...] = (
 
 def document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Documents for language modelling: a start token, the text, EOS. The start token is BOS, or EOS where there is none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; documents could not end: name one as "
+            "`eos_token` in its tokenizer_config.json"
+        )
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = TextTokenizer(tokenizer).encode_texts(texts)
     return [[start, *ids, tokenizer.eos_token_id] for ids in encoded]

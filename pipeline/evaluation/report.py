@@ -296,7 +296,7 @@ class Bench:
             try:
                 key = (path, tokenizer_hashes(answers.encoder.tokenizer))
                 if key not in self.scorers:
-                    stops = [answers.encoder.eos_id, answers.encoder.end_id]
+                    stops = stop_token_ids(answers.encoder)
                     setup = ScoringSetup(answers.encoder, device, stops)
                     self.scorers[key] = build_scorer([RewardSource(model=path)], setup)
                 scorer = self.scorers[key]

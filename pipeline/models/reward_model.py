@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pipeline.data.batching import microbatches
 from pipeline.data.collators import right_pad
 from pipeline.errors import UserError
-from pipeline.models.loading import _load
+from pipeline.models.loading import load_classifier, read_config
 from pipeline.models.packed import SequenceBatch, hidden_states, is_packed, pack
 from pipeline.models.sizes import SCORING_TOKENS, attention_savings_worth_a_group
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 OFFSET = "score_offset"
 
@@ -32,17 +32,14 @@ def load_scalar_model(path: str, quantization: str | None = None) -> PreTrainedM
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        model = _load(AutoModelForSequenceClassification, path, quantization, num_labels=1)
+        return load_classifier(path, quantization)
     finally:
         logger.setLevel(level)
-    return model
 
 
 def refuse_other_heads(path: str) -> None:
     """A reward model has exactly one label."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     architectures = config.architectures or []
     if not any("SequenceClassification" in name for name in architectures):
         raise UserError(f"{path!r} is no reward model (its architecture is {', '.join(architectures) or 'unknown'})")

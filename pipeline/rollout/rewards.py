@@ -22,7 +22,7 @@ from pipeline.models.loading import set_pad
 from pipeline.models.networks import Autocast
 from pipeline.models.precision import cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import load_scalar_model, refuse_other_heads, score_ids
-from pipeline.models.tokenizers import load_tokenizer, require_pad
+from pipeline.models.tokenizers import load_tokenizer, require_pad, stop_token_ids
 from pipeline.models.trials import enable_packed_attention
 from pipeline.training.output import Parent, tokenizer_hashes, verify_parent
 
@@ -286,7 +286,7 @@ class TextScorer:
 
     def __init__(self, reward: str, device: str | torch.device = "cpu"):
         self._encoder = ChatEncoder(load_tokenizer(reward))
-        setup = ScoringSetup(self._encoder, torch.device(device), stop_ids=[self._encoder.end_id])
+        setup = ScoringSetup(self._encoder, torch.device(device), stop_ids=stop_token_ids(self._encoder))
         self._part = _model_part(reward, "reward_model", 1.0, setup)
         assert self._part.parent is not None
         self.parent = self._part.parent
