@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import __version__
+from pipeline.commands import report as report_command
 from pipeline.errors import UserError
 
 
@@ -79,38 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     score.add_argument("--output", metavar="FILE", help="default: the file's name with .scored.jsonl")
     score.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="a column of another name")
 
-    report = commands.add_parser("report", help="measure a run and write report/report.json and report/index.html")
-    report.add_argument("run_dir", help="folder that holds the stages' outputs, e.g. runs/demo")
-    report.add_argument(
-        "--judge",
-        action="append",
-        default=[],
-        metavar="JUDGE",
-        help="module:function, or a reward model's folder; may be given again",
+    report_command.add_arguments(
+        commands.add_parser("report", help="measure a run and write report/report.json and report/index.html")
     )
-    report.add_argument(
-        "--against",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="a model outside the run that answers, too; may be given again",
-    )
-    report.add_argument(
-        "--llm-judge",
-        metavar="WHERE",
-        help="a language model that compares answers in pairs: a folder, or the base URL of an OpenAI-compatible server "
-        "(key in RLHF_JUDGE_API_KEY or OPENAI_API_KEY)",
-    )
-    report.add_argument("--llm-judge-model", metavar="NAME", help="the model's name at that server")
-    report.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval tasks of every stage")
-    report.add_argument("--tasks-path", metavar="DIR", help="folder of task files of your own")
-    report.add_argument("--watts", type=float, help="power of one device (of the machine, on CPUs), for the energy")
-    report.add_argument("--prompts", metavar="FILE", help="held-out prompts; default: those of the PPO recipe")
-    report.add_argument("--num-prompts", type=int, default=200, help="held-out prompts answered by every stage")
-    report.add_argument(
-        "--best-of", type=int, default=8, metavar="N", help="reference point beside PPO: best of N; 0: none"
-    )
-    report.add_argument("--data-root", default=None, help="what relative dataset paths are relative to")
 
     compare = commands.add_parser("compare", help="what differs between two runs: recipe, data, code, result")
     compare.add_argument("runs", nargs=2, metavar="RUN", help="folder of a run, or of one stage")
@@ -208,26 +180,7 @@ def _dispatch(args: argparse.Namespace) -> int:
             )
         )
         return 0
-    from pipeline.evaluation.report import write_report
-    from pipeline.training.stage import quiet_libraries
-
-    quiet_libraries()
-
-    write_report(
-        args.run_dir,
-        judges=args.judge,
-        prompts_file=args.prompts,
-        num_prompts=args.num_prompts,
-        data_root=args.data_root,
-        best_of=args.best_of,
-        against=args.against,
-        llm_judge=args.llm_judge,
-        llm_judge_model=args.llm_judge_model,
-        tasks=args.tasks,
-        tasks_path=args.tasks_path,
-        watts=args.watts,
-    )
-    return 0
+    return report_command.run(args)
 
 
 if __name__ == "__main__":
