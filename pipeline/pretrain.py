@@ -16,7 +16,7 @@ from pipeline.data.mixing import mixture_indices, rows_of_each
 from pipeline.data.packing import Block, pack_documents
 from pipeline.data.sources import fingerprint, read_sources, split_texts
 from pipeline.errors import UserError
-from pipeline.evaluation.metrics import BitsPerByte, Perplexity
+from pipeline.evaluation.language import bits_per_byte, mean_loss, perplexity
 from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond_context
 from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
@@ -95,9 +95,7 @@ def main(run: Run[PretrainArguments]) -> None:
     resumed = train(trainer, run)
 
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
-    metrics["bits_per_byte"] = BitsPerByte().compute(nll=[metrics.pop("nll")], num_bytes=[held_out_bytes])[
-        "bits_per_byte"
-    ]
+    metrics["bits_per_byte"] = bits_per_byte(metrics.pop("nll"), held_out_bytes)
     passes = trainer.state.global_step * args.examples_per_step / len(mixed)
     # How often each source's blocks were seen: passes over the epoch times how often they stand in it.
     epochs = [
@@ -129,7 +127,12 @@ class PretrainTrainer(StageTrainer, Trainer):
 
     def measure(self) -> dict[str, float]:
         nll, tokens, _ = measure_tokens(self, self.eval_dataset, self.eval_rows)
-        return {**Perplexity().compute(nll=[nll], tokens=[tokens]), "nll": nll, "held_out_tokens": tokens}
+        return {
+            "perplexity": perplexity(nll, tokens),
+            "loss": mean_loss(nll, tokens),
+            "nll": nll,
+            "held_out_tokens": tokens,
+        }
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)

@@ -28,7 +28,7 @@ from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources, replace_records
 from pipeline.data.splits import is_held_out, labeler_folds
 from pipeline.errors import UserError
-from pipeline.evaluation.reward_model import measure
+from pipeline.evaluation.reward_model import Truth, evaluate_reward_model
 from pipeline.models.loading import disable_noise, fit_embeddings, load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged, scale_adapter_head
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
@@ -141,7 +141,14 @@ def main(run: Run[RewardArguments]) -> None:
         scale = _unit_variance(final, encoder, parent.path, sources, split, args)
         offset = _demonstration_mean(final, encoder, demonstrations, args, run)
         set_offset(final, offset)
-        metrics = measure(final, tokenizer.pad_token_id, eval_rows, outsider_rows, truth, args.truth)
+        metrics = evaluate_reward_model(
+            final,
+            tokenizer.pad_token_id,
+            eval_rows,
+            outsider_rows,
+            truth=Truth(str(args.truth), truth) if truth else None,
+            tie_margin=trainer.tie_margin,
+        )
         final.config.score_temperature = metrics.get("temperature", 1.0)
         final.config.save_pretrained(args.output_dir)
         metrics |= {

@@ -18,7 +18,7 @@ from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.splits import split_records
 from pipeline.errors import UserError
-from pipeline.evaluation.metrics import Perplexity
+from pipeline.evaluation.language import mean_loss, perplexity
 from pipeline.models.loading import keep_router_logits_off, load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged
 from pipeline.models.tokenizers import (
@@ -152,7 +152,11 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
 
     def measure(self) -> dict[str, float]:
         nll, tokens, hits = measure_tokens(self, self.eval_dataset, self.eval_rows)
-        found = {**Perplexity().compute(nll=[nll], tokens=[tokens]), "token_accuracy": hits / max(tokens, 1)}
+        found = {
+            "perplexity": perplexity(nll, tokens),
+            "loss": mean_loss(nll, tokens),
+            "token_accuracy": hits / max(tokens, 1),
+        }
         if self.greedy_score is not None:
             found["score"] = self.greedy_score.measure(self.model)
         return found

@@ -51,7 +51,7 @@ def child(args: argparse.Namespace) -> None:
     from pipeline.data.entries import DatasetEntry
     from pipeline.data.records import PARSERS, read_jsonl
     from pipeline.data.splits import split_records
-    from pipeline.evaluation.reward_model import judge
+    from pipeline.evaluation.reward_model import score_rankings
     from pipeline.models.loading import disable_noise
     from pipeline.models.reward_model import init_head, load_scalar_model
     from pipeline.models.tokenizers import load_tokenizer
@@ -103,11 +103,11 @@ def child(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    found = judge(trainer.model.eval(), tokenizer.pad_token_id, test).accuracy()
+    found = score_rankings(trainer.model.eval(), tokenizer.pad_token_id, test).accuracy()
     print(
         json.dumps(
             {"comparisons_per_second": pairs / seconds, "seconds": seconds, "pairs": pairs, "steps": trainer.state.global_step,
-             "accuracy": found["accuracy"], "ci95": found["ci95"], "held_out_pairs": found["pairs"], "threads": torch.get_num_threads()}
+             "accuracy": found.accuracy, "ci95": found.ci95, "held_out_pairs": found.pairs, "threads": torch.get_num_threads()}
         )
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from pipeline.data.encoding import ChatEncoder
 from pipeline.data.entries import DatasetEntry
 from pipeline.data.records import PARSERS, read_jsonl
 from pipeline.data.splits import split_records
-from pipeline.evaluation.reward_model import judge
+from pipeline.evaluation.reward_model import score_rankings
 from pipeline.models.loading import disable_noise
 from pipeline.models.reward_model import init_head, load_scalar_model
 from pipeline.models.tokenizers import load_tokenizer
@@ -43,11 +43,11 @@ class Measure(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         model.eval()
-        judged = judge(model, self.pad_id, self.rows)
+        pairs = score_rankings(model, self.pad_id, self.rows)
         model.train()
-        losses = np.logaddexp(0.0, -judged.margin)
-        means = np.bincount(judged.group, weights=losses) / np.bincount(judged.group)
-        self.found.append({"loss": float(means.mean()), "accuracy": judged.accuracy()["accuracy"]})
+        losses = np.logaddexp(0.0, -pairs.margin)
+        means = np.bincount(pairs.ranking, weights=losses) / np.bincount(pairs.ranking)
+        self.found.append({"loss": float(means.mean()), "accuracy": pairs.accuracy().accuracy})
 
 
 def main() -> None:

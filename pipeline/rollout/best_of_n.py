@@ -6,14 +6,14 @@ Its KL from the model that samples is at most log n - (n - 1) / n nats per respo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.records import Record
 from pipeline.rollout.engine import LocalEngine, per_row_uniforms
-from pipeline.rollout.rewards import Answers, Scorer
+from pipeline.rollout.rewards import Answers, Scores
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def best_of_n(
     engine: LocalEngine,
     model: Any,
     encoder: ChatEncoder,
-    scorer: Scorer,
+    scorer: Callable[[Answers], Scores],
     records: Sequence[Record],
     *,
     n: int,

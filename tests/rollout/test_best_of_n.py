@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,11 @@ from pipeline.cli import main as rlhf
 from pipeline.data.encoding import ChatEncoder
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.tokenizers import load_tokenizer
-from pipeline.rollout.best_of_n import best_of_n, kl_bound
+from pipeline.rollout.best_of_n import best_of_each, best_of_n, kl_bound
 from pipeline.rollout.engine import LocalEngine, SamplingSettings
 from pipeline.rollout.rewards import Answers, RewardPart, Scorer
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,3 +113,17 @@ def test_a_gold_metric_stops_before_the_proxy_is_overdone(policy: Path, tmp_path
     assert blind["score"] > watched["score"]
     assert watched["best_rollout"] < watched["rollouts"] < blind["rollouts"]
     assert watched["gold"] == pytest.approx(watched["best_gold"], abs=0.3)
+
+
+def test_best_of_each_is_the_mean_over_all_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    proxy, judge = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    found = best_of_each(judge, proxy)
+    for k in range(1, 7):
+        means = []
+        for chosen in itertools.combinations(range(6), k):
+            best = proxy[list(chosen)].argmax(0)
+            means.append(judge[list(chosen)].gather(0, best[None])[0].double().mean().item())
+        assert found[k - 1] == pytest.approx(np.mean(means), abs=1e-6)
+    assert best_of_each(proxy, proxy) == sorted(best_of_each(proxy, proxy))
+    assert kl_bound(1) == 0.0
