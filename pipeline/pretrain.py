@@ -20,6 +20,7 @@ from pipeline.evaluation.language import bits_per_byte, mean_loss, perplexity
 from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond_context
 from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
+from pipeline.models.trials import isolates_packed_documents
 from pipeline.training.output import tokenizer_hashes, verify_parent
 from pipeline.training.run import Run
 from pipeline.training.stage import launch
@@ -67,13 +68,17 @@ def main(run: Run[PretrainArguments]) -> None:
     if note := assign_pad(tokenizer, model):
         logger.warning("pretrain: %s", note)
 
-    train_blocks = [pack_documents(document_ids(tokenizer, t), args.block_tokens) for t, _ in texts]
-    held_out = [pack_documents(document_ids(tokenizer, t), args.block_tokens) for _, t in texts]
+    isolated = isolates_packed_documents(model)
+    if not isolated:
+        logger.warning("pretrain: documents that share a block would see each other in this model; one per block")
+    train_blocks = [blocks_of(tokenizer, part, args.block_tokens, isolated) for part, _ in texts]
+    held_out = [blocks_of(tokenizer, part, args.block_tokens, isolated) for _, part in texts]
+    if not any(train_blocks) or not any(held_out):
+        what = "was held out; raise held_out_fraction" if any(train_blocks) else "is left to train on; lower it"
+        raise UserError(f"no document {what} or give more documents")
     sizes = [len(blocks) for blocks in train_blocks]
     epoch = mixture_indices(sizes, [source.weight for source in sources], args.seed)
     mixed = datasets.Dataset.from_list([block for blocks in train_blocks for block in blocks]).select(epoch)
-    if not any(held_out):
-        raise UserError("no document was held out; raise held_out_fraction or give more documents")
     held_out_bytes = sum(len(text.encode()) for _, part in texts for text in part)
     logger.info(
         "pretrain: %d blocks of %d tokens, %d held out, %.2f M parameters",
@@ -88,7 +93,7 @@ def main(run: Run[PretrainArguments]) -> None:
         args=training_arguments(TrainingArguments, run),
         train_dataset=mixed,
         eval_dataset=[block for blocks in held_out for block in blocks],
-        data_collator=BlockCollator(tokenizer.pad_token_id),
+        data_collator=BlockCollator(tokenizer.pad_token_id, position_ids=isolated),
         processing_class=tokenizer,
     )
     prepare_trainer(trainer, run)
@@ -141,6 +146,13 @@ class PretrainTrainer(StageTrainer, Trainer):
 def _new_tokenizer(args: PretrainArguments, texts: list[str]) -> PreTrainedTokenizerBase:
     assert args.train_tokenizer is not None
     return train_tokenizer(texts, args.train_tokenizer.vocab_size)
+
+
+def blocks_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], block_tokens: int, isolated: bool) -> list[Block]:
+    """Documents in blocks of `block_tokens`; where the model does not keep documents apart, each block holds one."""
+    documents = document_ids(tokenizer, texts) if texts else []
+    groups = [documents] if isolated else [[document] for document in documents]
+    return [block for group in groups for block in pack_documents(group, block_tokens)]
 
 
 def _tokens(blocks: list[Block]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cards import card_columns, split_files
-from pipeline.data.comparison_statistics import Survey, prompt_text
+from pipeline.data.comparison_statistics import ComparisonStatistics, prompt_text
 from pipeline.data.records import Record
 from pipeline.data.sources import column_map, iter_file
 from pipeline.errors import UserError
@@ -38,7 +38,7 @@ def check_data(
     split: str = "train",
     seed: int = 0,
 ) -> int:
-    """Survey a file of comparisons or rankings; prints text or JSON.
+    """ComparisonStatistics a file of comparisons or rankings; prints text or JSON.
 
     Args:
         against: files of prompts or demonstrations whose prompts should not stand in this one.
@@ -55,7 +55,7 @@ def check_data(
         loaded = load_tokenizer(tokenizer)
         assign_template(loaded)
         encoder = ChatEncoder(loaded)
-    survey = Survey(held_out_fraction=held_out_fraction, seed=seed, remember_prompts=bool(against))
+    survey = ComparisonStatistics(held_out_fraction=held_out_fraction, seed=seed, remember_prompts=bool(against))
     for record in _rankings(path, split, column_map(columns)):
         survey.add(record)
 

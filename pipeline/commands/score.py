@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.hashing import sha256_file
-from pipeline.data.records import PARSERS, Record, RecordError, iter_jsonl
-from pipeline.data.sources import column_map, renaming
+from pipeline.data.records import PARSERS, Record, RecordError, iter_records, renaming
+from pipeline.data.sources import column_map
 from pipeline.errors import UserError
 from pipeline.training.output import write_json
 
@@ -73,12 +73,12 @@ def score_file(file: str, reward: str, output: str | None = None, columns: Seque
 
 def _records(source: Path, kind: str, columns: dict[str, str] | None) -> Iterator[Record]:
     parse = renaming(PARSERS[kind], columns)
-    return iter_jsonl(source, lambda row: {**parse(row), "row": row})  # the row as the file has it
+    return iter_records(source, lambda row: {**parse(row), "row": row})  # the row as the file has it
 
 
 def _kind_and_rows(source: Path, columns: dict[str, str] | None) -> tuple[str, int]:
     """What the file's first row is, and how many such rows it holds: all are checked before the model is loaded."""
-    first = next(iter_jsonl(source, lambda row: {"row": row}))["row"]
+    first = next(iter_records(source, lambda row: {"row": row}))["row"]
     try:
         renaming(PARSERS["ranking"], columns)(first)
         kind = "ranking"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
-from pipeline.data.comparisons import Sieve, digest, kind
+from pipeline.data.comparisons import RankingValidator, digest, reason_kind
 from pipeline.data.records import Record
 from pipeline.data.splits import is_held_out
 
@@ -42,7 +42,7 @@ class Reservoir:
             self.items[slot] = item
 
 
-class Survey:
+class ComparisonStatistics:
     """Counts over rankings (a comparison is one of two), fed one record at a time.
 
     Args:
@@ -56,7 +56,7 @@ class Survey:
     ):
         self.held_out_fraction, self.seed = held_out_fraction, seed
         self._normal: dict[bytes, int] | None = {} if remember_prompts else None
-        self._sieve = Sieve(ties)
+        self._sieve = RankingValidator(ties)
         self.rows = self.trainable = self.pairs = self.tied_pairs = self.tied_rankings = 0
         self.multi_turn = self.held_out = 0
         self.labelers: Counter[str] = Counter()
@@ -84,7 +84,7 @@ class Survey:
         if "confidence" in record:
             self.confidence.append(record["confidence"])
         if reason := self._sieve.problem(record):
-            self.problems.setdefault(kind(reason), []).append(record["line"])
+            self.problems.setdefault(reason_kind(reason), []).append(record["line"])
         else:
             self.trainable += 1
         self._count_pairs(record, responses, ranks)

@@ -12,9 +12,9 @@ from typing import Any
 
 from helpers.launches import rlhf_here
 from pipeline.commands.check_data import check_data, is_data
-from pipeline.data.arrow_storage import SpooledRecords
-from pipeline.data.comparison_statistics import Reservoir, Survey, near_pairs, normal
-from pipeline.data.comparisons import sift, summary
+from pipeline.data.arrow_storage import StoredRecords
+from pipeline.data.comparison_statistics import ComparisonStatistics, Reservoir, near_pairs, normal
+from pipeline.data.comparisons import find_invalid_rankings, summary
 from pipeline.data.records import parse_ranking
 from pipeline.data.sources import read_source
 from pipeline.errors import UserError
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def survey(rows: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
-    made = Survey(**options)
+    made = ComparisonStatistics(**options)
     for line, row in enumerate(rows, 1):
         made.add({**parse_ranking(row), "row": row, "line": line})
     return made.result()
@@ -117,7 +117,7 @@ def test_near_duplicates() -> None:
 def test_leaks_are_found_however_large_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that stand in the other file to the letter are found among all, not among the sample."""
     monkeypatch.setattr("pipeline.data.comparison_statistics.PROMPT_SAMPLE", 5)
-    made = Survey(remember_prompts=True)
+    made = ComparisonStatistics(remember_prompts=True)
     for line in range(1, 201):
         row = {"prompt": f"What is the number {line}?", "chosen": "a", "rejected": "b"}
         made.add({**parse_ranking(row), "row": row, "line": line})
@@ -177,8 +177,8 @@ def test_records_may_wait_on_disk(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(ranking(f"p{n}", "ab", [1, 2])) + "\n" for n in range(100)))
     memory = read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path)
-    disk = read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path, spool=True)
-    assert isinstance(disk.records, SpooledRecords)
+    disk = read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path, on_disk=True)
+    assert isinstance(disk.records, StoredRecords)
     assert list(disk.records) == memory.records
     assert disk.sha256 == memory.sha256
     part = disk.records.select([3, 5])
@@ -186,7 +186,7 @@ def test_records_may_wait_on_disk(tmp_path: Path) -> None:
     assert disk.records[10:12][1] == memory.records[11]
     path.write_text(json.dumps(ranking("p", "ab", [1, 2])) + "\n{}\n")
     with pytest.raises(UserError, match=r"r\.jsonl:2: "):
-        read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path, spool=True)
+        read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path, on_disk=True)
 
 
 def test_control_tokens_and_odd_text_stay_text(tmp_path: Path, tokenizer: Any) -> None:
@@ -203,7 +203,7 @@ def test_control_tokens_and_odd_text_stay_text(tmp_path: Path, tokenizer: Any) -
 def test_unnamed_duplicates_are_dropped_and_unnamed_doubts_are_not() -> None:
     rows = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in ("ab", "ab", "ba")]
     records = [{**parse_ranking(row), "line": line} for line, row in enumerate(rows, 1)]
-    kept, problems = sift(records, "drop")
+    kept, problems = find_invalid_rankings(records, "drop")
     assert kept == [0, 2]
     assert problems == [(2, "duplicate of line 1")]
     assert summary(problems, "f.jsonl") == "f.jsonl: dropped 1 rankings (1 × duplicate; lines 2)"
