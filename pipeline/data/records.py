@@ -41,20 +41,29 @@ class Problems:
 
     def __init__(self, source: str):
         self.source = source
-        self.lines: list[str] = []
+        self.lines: dict[str, list[int]] = {}  # message → lines, the first MAX_LISTED in all
         self.count = 0
 
     def add(self, line: int, message: str) -> None:
         self.count += 1
-        if len(self.lines) < MAX_LISTED:
-            self.lines.append(f"{self.source}:{line}: {message}")
+        if self.count <= MAX_LISTED:
+            self.lines.setdefault(message, []).append(line)
 
     def refuse(self) -> None:
-        if self.count:
-            more = (
-                f"\n… and {self.count - len(self.lines)} more in {self.source}" if self.count > len(self.lines) else ""
-            )
-            raise UserError("\n".join(self.lines) + more)
+        """
+        Raises:
+            UserError: one line per fault, with the lines of the file that have it.
+        """
+        if not self.count:
+            return
+        faults = [
+            f"{self.source}:{lines[0]}: {message}"
+            + (f" (also lines {', '.join(map(str, lines[1:]))})" if lines[1:] else "")
+            for message, lines in self.lines.items()
+        ]
+        if self.count > MAX_LISTED:
+            faults.append(f"… and {self.count - MAX_LISTED} more in {self.source}")
+        raise UserError("\n".join(faults))
 
 
 def iter_jsonl(path: Path, parse: Callable[[dict[str, Any]], Record], max_rows: int | None = None) -> Iterator[Record]:
