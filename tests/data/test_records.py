@@ -108,7 +108,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, kind: str, line: str, complaint: s
 
 def test_many_wrong_rows_are_listed_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text("{}\n" * 30)
+    path.write_text("".join(f'{{"column {n}": 1}}\n' for n in range(30)))
     with pytest.raises(UserError) as caught:
         read_jsonl(path, PARSERS["document"])
     lines = str(caught.value).splitlines()
