@@ -59,7 +59,10 @@ from pipeline.rollout.rollout import (
     row_uniforms,
 )
 from pipeline.training import history
-from pipeline.training.output import Parent, read_lineage, tokenizer_hashes, verify_parent, write_json, writing
+from pipeline.training.checkpoints import writing
+from pipeline.training.identity import tokenizer_hashes
+from pipeline.training.json_files import write_json
+from pipeline.training.lineage import Parent, read_lineage, verify_parent
 from pipeline.training.stage import Run, launch
 from pipeline.training.trackers import PROJECT, log_samples
 
@@ -108,14 +111,13 @@ def main(run: Run[PPOArguments]) -> None:
     eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root)
     ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root)
     tokenizer = load_tokenizer(parent.path)
-    parent.refuse_other_tokenizer(tokenizer)
+    parent.check_tokenizer(tokenizer)
     require_pad(tokenizer, args.parent)
     encoder = ChatEncoder(tokenizer)
     judges = [(label, name, import_function(name)) for label, name in judge_labels(args.judges).items()]
     refuse_metric(args, [label for label, _, _ in judges])
     run.output.inputs = {
-        "parent": parent.weights_sha256,
-        "tokenizer": tokenizer_hashes(tokenizer),
+        "parent": parent.as_inputs(tokenizer),
         "reward": identity(args.reward),
         "judges": [source_sha256(function) for _, _, function in judges],
         "data": fingerprint([*sources, *eval_sources, *ptx_sources]),

@@ -17,7 +17,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation.metrics import BitsPerByte, Perplexity
 from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, new_causal_lm, refuse_beyond_context
 from pipeline.models.tokenizer_training import train_tokenizer
-from pipeline.training.output import tokenizer_hashes, verify_parent
+from pipeline.training.identity import tokenizer_hashes
+from pipeline.training.lineage import verify_parent
 from pipeline.training.stage import Run, launch
 from pipeline.training.trainer import (
     StageTrainer,
@@ -41,9 +42,9 @@ def main(run: Run[PretrainArguments]) -> None:
     folder = parent.path if parent else args.tokenizer
     given = load_tokenizer(folder) if folder else None
     if parent and given:
-        parent.refuse_other_tokenizer(given)
+        parent.check_tokenizer(given)
     run.output.inputs = {
-        "parent": parent and parent.weights_sha256,
+        "parent": parent and parent.as_inputs(given),
         "tokenizer": given and tokenizer_hashes(given),
         "data": fingerprint(sources),
     }

@@ -39,7 +39,7 @@ from pipeline.models.loading import (
 from pipeline.models.lora import lora_config, save_merged, scale_adapter_head
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
 from pipeline.rollout.rollout import LocalEngine, row_uniforms
-from pipeline.training.output import tokenizer_hashes, verify_parent
+from pipeline.training.lineage import verify_parent
 from pipeline.training.stage import Run, launch, refuse_sharded
 from pipeline.training.trainer import (
     StageTrainer,
@@ -67,12 +67,11 @@ def main(run: Run[RewardArguments]) -> None:
     demonstrations = read_sources(args.center_on, "demonstration", args.data_root)
     truth = import_function(args.truth) if args.truth else None
     tokenizer = load_tokenizer(parent.path)
-    parent.refuse_other_tokenizer(tokenizer)
+    parent.check_tokenizer(tokenizer)
     run.output.inputs = {
-        "parent": parent.weights_sha256,
+        "parent": parent.as_inputs(tokenizer),
         "data": fingerprint(sources),
         "center_on": fingerprint(demonstrations),
-        "tokenizer": tokenizer_hashes(tokenizer),
         "truth": source_sha256(truth) if truth else None,
     }
     if run.already_done():

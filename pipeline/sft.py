@@ -21,7 +21,7 @@ from pipeline.models.loading import assign_pad, assign_template, load_causal_lm,
 from pipeline.models.lora import lora_config, save_merged
 from pipeline.rollout.rewards import Scorer, build_scorer, identity
 from pipeline.rollout.rollout import greedy_responses
-from pipeline.training.output import tokenizer_hashes, verify_parent
+from pipeline.training.lineage import verify_parent
 from pipeline.training.stage import Run, launch, refuse_sharded
 from pipeline.training.trainer import (
     StageTrainer,
@@ -47,10 +47,9 @@ def main(run: Run[SFTArguments]) -> None:
     parent = verify_parent(args.parent, ("pretrain", "sft", "ppo"))
     sources = read_sources(args.datasets, "demonstration", args.data_root)
     tokenizer = load_tokenizer(parent.path)
-    parent.refuse_other_tokenizer(tokenizer)
+    parent.check_tokenizer(tokenizer)
     run.output.inputs = {
-        "parent": parent.weights_sha256,
-        "tokenizer": tokenizer_hashes(tokenizer),
+        "parent": parent.as_inputs(tokenizer),
         "data": fingerprint(sources),
         "score": identity(args.score),
     }

@@ -20,7 +20,7 @@ from pipeline.data.encoding import document_ids
 from pipeline.data.sources import read_sources
 from pipeline.models.loading import load_tokenizer
 from pipeline.pretrain import split_texts
-from pipeline.training.output import read_lineage
+from pipeline.training.lineage import read_lineage
 
 
 class KneserNeyTrigram:

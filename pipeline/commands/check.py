@@ -15,7 +15,7 @@ from pipeline.data.sources import Source, read_sources
 from pipeline.errors import UserError
 from pipeline.models.loading import assign_template, load_tokenizer
 from pipeline.models.tokenizer_training import train_tokenizer
-from pipeline.training.output import verify_parent
+from pipeline.training.lineage import verify_parent
 
 from rich.console import Console
 from rich.table import Table

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config.arguments import STAGES
 from pipeline.errors import UserError, shorten
-from pipeline.training.output import read_lineage
+from pipeline.training.lineage import read_lineage
 
 from rich.console import Console
 from rich.table import Table

@@ -26,7 +26,7 @@ from pipeline.config import arguments
 from pipeline.config.arguments import KINDS, STAGES, recipe_stages
 from pipeline.errors import UserError
 from pipeline.planning.sizing import LAYER_NAMES, parameters
-from pipeline.training.output import read_lineage, verify_parent
+from pipeline.training.lineage import read_lineage, verify_parent
 from pipeline.training.stage import ERROR_FILE, ROOT, accelerate_config
 from pipeline.training.trackers import installed, wandb_login
 

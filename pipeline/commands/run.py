@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.config.arguments import STAGES, read_recipe, recipe_stages
 from pipeline.errors import UserError
-from pipeline.training.output import read_lineage
+from pipeline.training.lineage import read_lineage
 from pipeline.training.stage import ERROR_FILE, TERMINAL, accelerate_config, cpu_cores
 
 from rich.console import Console

@@ -14,7 +14,7 @@ from pipeline.data.records import PARSERS, Record, RecordError, iter_jsonl
 from pipeline.data.sources import column_map, renaming
 from pipeline.errors import UserError
 from pipeline.rollout.rewards import TextScorer
-from pipeline.training.output import write_json
+from pipeline.training.json_files import write_json
 
 import torch
 from rich.console import Console
@@ -40,7 +40,7 @@ def score_file(file: str, reward: str, output: str | None = None, columns: Seque
         raise UserError("--output is the input; name another file", file=target)
     kind, rows = _kind_and_rows(source, column_map(columns))
     scorer = TextScorer(reward, "cuda" if torch.cuda.is_available() else "cpu")
-    done = _resume(target, {"file_sha256": sha256_file(source), "reward": scorer.parent.identity()})
+    done = _resume(target, {"file_sha256": sha256_file(source), "reward": scorer.identity})
     records = itertools.islice(_records(source, kind, column_map(columns)), done, None)
     batches = iter(lambda: list(itertools.islice(records, ROWS)), [])
     steps = -(-(rows - done) // ROWS)

@@ -33,7 +33,9 @@ from pipeline.planning.devices import energy
 from pipeline.rollout.best_of_n import best_of_each, best_of_n, kl_bound
 from pipeline.rollout.rewards import Scorer, build_scorer, call_function, judge_labels
 from pipeline.rollout.rollout import LocalEngine, row_uniforms
-from pipeline.training.output import read_lineage, tokenizer_hashes, weights_sha256, write_json
+from pipeline.training.identity import tokenizer_hashes, weights_sha256
+from pipeline.training.json_files import write_json
+from pipeline.training.lineage import read_lineage
 
 import numpy as np
 import torch

@@ -16,7 +16,8 @@ from pipeline.errors import UserError, shorten
 from pipeline.models.loading import hold_in_bf16, load_tokenizer, require_pad, set_pad
 from pipeline.models.packed import prepare
 from pipeline.models.reward_model import load_scalar_model, refuse_other_heads, score_ids
-from pipeline.training.output import Parent, tokenizer_hashes, verify_parent
+from pipeline.training.identity import tokenizer_hashes
+from pipeline.training.lineage import Parent, verify_parent
 
 import torch
 from torch import Tensor
@@ -105,14 +106,16 @@ class Scorer:
         return Scores(total, found)
 
 
-def identity(sources: Sequence[SourceSpec]) -> list[Any]:
-    """What identifies the scores: every model's weights and tokenizer, every function's source."""
-    return [
-        verify_parent(source.model, ("reward",)).identity()
-        if source.model is not None
-        else source_sha256(import_function(str(source.function)))
-        for source in sources
-    ]
+def identity(sources: Sequence[SourceSpec]) -> dict[str, Any]:
+    """What identifies the scores, in order: every model by its number, every function's source by its name."""
+    found: dict[str, Any] = {}
+    for number, source in enumerate(sources):
+        if source.model is not None:
+            parent = verify_parent(source.model, ("reward",))
+            found[f"model {number}"] = parent.as_inputs(load_tokenizer(parent.path))
+        else:
+            found[str(source.function)] = source_sha256(import_function(str(source.function)))
+    return found
 
 
 def build_scorer(
@@ -159,7 +162,7 @@ def _model_part(
     parent = verify_parent(path, ("reward",))
     refuse_other_heads(parent.path)
     tokenizer = load_tokenizer(parent.path)
-    parent.refuse_other_tokenizer(tokenizer)
+    parent.check_tokenizer(tokenizer)
     require_pad(tokenizer, path)
     model: Any = load_scalar_model(parent.path) if loaded is None else loaded
     model.to(device).eval().requires_grad_(False)
@@ -228,6 +231,7 @@ class TextScorer:
         self._part = _model_part(reward, "reward_model", 1.0, self._encoder, torch.device(device))
         assert self._part.parent is not None
         self.parent = self._part.parent
+        self.identity = self.parent.as_inputs(self._encoder.tokenizer)
 
     def __call__(self, prompts: Sequence[str | Sequence[Message]], responses: Sequence[str]) -> list[float]:
         """Centred scores of responses, each read at its EOS."""

@@ -21,7 +21,8 @@ from pipeline.config import arguments
 from pipeline.config.functions import import_from
 from pipeline.errors import UserError
 from pipeline.training import trackers
-from pipeline.training.output import StageOutput, write_json
+from pipeline.training.json_files import write_json
+from pipeline.training.output_folder import LOCK, StageOutput, holds_a_run
 from pipeline.training.processes import Processes
 
 import yaml
@@ -30,7 +31,6 @@ logger = logging.getLogger("pipeline")
 ROOT = Path(__file__).resolve().parent.parent.parent
 ERROR_FILE = "RLHF_ERROR_FILE"  # where `rlhf run` reads a stage's own words: accelerate's launcher hides exit codes
 TERMINAL = "RLHF_TERMINAL"  # set by `rlhf run` where a person reads its terminal
-LOCK = ".lock"
 RANK_0_REPORTS_WITHIN = 3.0  # seconds
 Arguments = TypeVar("Arguments", bound=arguments.StageArguments)
 
@@ -109,8 +109,8 @@ class Run(Generic[Arguments]):
         summary: str,
     ) -> None:
         """On rank 0: model card, metrics.json, lineage.json; then one line on the terminal."""
+        from pipeline.training.identity import tokenizer_hashes
         from pipeline.training.model_card import write_model_card
-        from pipeline.training.output import tokenizer_hashes
 
         seconds = self.output.seconds
         if self.is_main:
@@ -168,11 +168,7 @@ def _open(name: str, args: Arguments, config: Path | None, rank: int, held: cont
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
-    if (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not any((folder / name).exists() for name in (LOCK, "lineage.json"))
-    ):
+    if folder.is_dir() and any(folder.iterdir()) and not holds_a_run(folder):
         raise UserError(
             f"output_dir {str(folder)!r} holds files that no stage of ours wrote; name a new or empty folder"
         )

@@ -15,7 +15,7 @@ from pipeline.data.batching import endless
 from pipeline.data.encoding import ChatEncoder
 from pipeline.models.loading import load_causal_lm, load_tokenizer
 from pipeline.rollout.rollout import LocalEngine, row_uniforms
-from pipeline.training.output import weights_sha256
+from pipeline.training.identity import weights_sha256
 
 import pytest
 import torch
