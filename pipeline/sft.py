@@ -152,11 +152,6 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
         asked = [record["row"] for record in self.score_records]
         return float(self.scorer(prompts, prompt_ids, rows, asked).scores.mean())
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._metrics["train"].pop("num_tokens", None)  # TRL's counter restarts at a resume
-        self._metrics["eval"].clear()
-        super().log(logs, start_time)
-
 
 def encode(encoder: ChatEncoder, source: Source, records: list[Record], args: SFTArguments) -> list[Example]:
     """Token ids and labels of each demonstration that fits; the others are counted and named."""

@@ -231,13 +231,13 @@ def quiet_libraries() -> None:
 
 
 def _set_up_logging(args: arguments.StageArguments, folder: Path, rank: int) -> None:
-    """Everything to `log.txt`; to the terminal info lines, or only warnings with --quiet or where no person reads."""
+    """Everything to `log.txt`; to the terminal info lines, or only warnings with --quiet."""
     quiet_libraries()
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     console = logging.StreamHandler()
-    console.setLevel(logging.WARNING if args.quiet or not on_terminal() else logging.INFO)
+    console.setLevel(logging.WARNING if args.quiet else logging.INFO)
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
     if rank == 0:
