@@ -169,3 +169,35 @@ def test_a_secret_is_no_trainer_option(tmp_path: Path, option: str, capsys: pyte
 
 def test_user_errors_are_one_line() -> None:
     assert "\n" not in str(UserError("a", file="b"))
+
+
+# ---------------------------------------------------------------------------------------------- the last step
+
+
+def results(folder: Path) -> dict[str, Any]:
+    lineage = json.loads((folder / "lineage.json").read_text())
+    rows = [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in history.read(folder)]
+    return {**{key: lineage[key] for key in ("weights_sha256", "metrics", "flops")}, "history": rows}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_steps": 10},  # within an epoch
+        {"max_steps": None, "epochs": 2.0, "save_steps": 1, "logging_steps": 1, "eval_steps": 1},
+    ],
+)
+def test_a_run_that_failed_after_its_last_step_takes_no_further_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+    whole = pretrain(tmp_path / "whole", **changes)
+    out = tmp_path / "failed" / "out"
+    in_the_way = out / "model.safetensors"
+    in_the_way.mkdir(parents=True)  # the weights cannot be saved
+    (out / ".lock").touch()
+    with pytest.raises(Exception, match="model.safetensors|directory"):
+        pretrain(tmp_path / "failed", **changes)
+    steps = json.loads((whole / "lineage.json").read_text())["metrics"]["steps"]
+    assert (out / f"checkpoint-{steps}" / "manifest.json").is_file()
+    in_the_way.rmdir()
+    pretrain(tmp_path / "failed", **changes)
+    assert results(out) == results(whole)
+    assert json.loads((out / "lineage.json").read_text())["resumed_from"] == [steps]
