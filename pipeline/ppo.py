@@ -1,852 +1,374 @@
-"""Stage 4: PPO against a score, with a KL penalty to the SFT model. Our own loop on Accelerate.
+"""Stage 4: PPO against a score, with a KL penalty to the SFT model (InstructGPT, section 3.5). Our own loop on Accelerate.
 
     accelerate launch pipeline/ppo.py --config recipes/demo/ppo.yaml
 
-One rollout: sample a response to each prompt → score it → log-probabilities of policy and reference, values → rewards
-shaped by KL → advantages → `ppo_epochs` × `minibatches` optimizer steps of policy and value → log → save.
-Every process holds the whole rollout and takes its rows of each minibatch, so statistics are global by construction;
-gradients are sums over tokens, added over processes before each step.
+Per rollout: prompts → sampled and scored responses → KL-penalised rewards → advantages and returns →
+`ppo_epochs` × `minibatches` optimizer steps of policy and value model → KL coefficient → log, evaluate, save.
+
+Every process holds the whole rollout and takes its share of each minibatch, so statistics are those of the whole rollout.
+Losses are sums over tokens divided by the minibatch's tokens, and gradients are added over processes before each step.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.algorithms.kl import adapt_kl_coef, k2, k3
-from pipeline.algorithms.masking import masked_sum
-from pipeline.algorithms.ppo import RunningMoments, missing_eos_scores, policy_losses, value_losses
+from pipeline.algorithms.ppo import clipped_policy_losses, clipped_value_losses
 from pipeline.algorithms.schedules import lr_factor
-from pipeline.config.arguments import PPOArguments
-from pipeline.config.functions import import_function, source_sha256
-from pipeline.data.batching import endless, microbatches, seeded_order
-from pipeline.data.collators import BlockCollator, right_pad
-from pipeline.data.encoding import IGNORE, ChatEncoder, document_ids, forbidden_ids
-from pipeline.data.packing import Block, pack_documents
-from pipeline.data.records import Record
-from pipeline.data.sources import Source, fingerprint, read_sources
-from pipeline.data.splits import split_records, spread
-from pipeline.errors import UserError, shorten
-from pipeline.models.loading import (
-    hold_in_bf16,
-    load_causal_lm,
-    load_tokenizer,
-    refuse_beyond_context,
-    require_pad,
-    resolve_precision,
-)
-from pipeline.models.lora import read_adapter
-from pipeline.models.networks import AdapterRoles, PolicyModel, Roles, SeparateRoles, SharedTrunkRoles, zero_value
-from pipeline.models.packed import Batch, lay_out, prepare, worth_on
-from pipeline.models.reward_model import load_scalar_model
-from pipeline.rollout.rewards import DISAGREEMENT, Scorer, build_scorer, call_function, identity, judge_labels
-from pipeline.rollout.rollout import (
-    LocalEngine,
-    Rollout,
-    Shaping,
-    assemble,
-    response_mask_of,
-    rollout_figures,
-    row_uniforms,
-)
-from pipeline.training import history
-from pipeline.training.checkpoints import writing
-from pipeline.training.identity import tokenizer_hashes
-from pipeline.training.json_files import write_json
-from pipeline.training.lineage import Parent, read_lineage, verify_parent
-from pipeline.training.stage import Run, launch
-from pipeline.training.trackers import PROJECT, log_samples
+from pipeline.config.ppo import PPOArguments
+from pipeline.data.batching import microbatches, seeded_order
+from pipeline.models.networks import Networks
+from pipeline.rollout.alarms import Alarms, warn_of_missing_eos_score
+from pipeline.rollout.collect import Collector, score_metrics, trained_scores
+from pipeline.rollout.evaluation import Evaluation, HeldOutEvaluation, is_new_best, reason_to_end
+from pipeline.rollout.pretraining import PretrainingText
+from pipeline.rollout.prompts import Prompt, PromptSet
+from pipeline.rollout.rollout import Rollout, build_rollout, rollout_metrics, whiten_advantages
+from pipeline.rollout.setup import PPOInputs, open_inputs, prepare_collector, prepare_pretraining, save_result
+from pipeline.training.metric_sums import MetricSums
+from pipeline.training.ppo_log import PPOLog
+from pipeline.training.ppo_state import PPOState, load_best, load_checkpoint, save_best, save_checkpoint
+from pipeline.training.processes import Processes
+from pipeline.training.run import Run
+from pipeline.training.stage import launch
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 logger = logging.getLogger("pipeline.ppo")  # __name__ is __main__ under accelerate launch
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-EVALUATION = 2**31  # seeds of evaluation samples lie apart from those of training
-BEST = "best.pt"
-POLICY_FIGURES = ("policy_loss", "clip_fraction", "entropy", "ratio", "update_kl")
-VALUE_FIGURES = ("value_loss", "value_clip_fraction")
-SHOWN = 3  # sample answers in the log at an evaluation
-
-
-@dataclass
-class State:
-    """What a checkpoint keeps beside tensors."""
-
-    kl_coef: float
-    rollout: int = 0
-    policy_steps: int = 0
-    value_steps: int = 0
-    flops: float = 0.0
-    moments: RunningMoments = field(default_factory=RunningMoments)
-    best: float | None = None
-    best_rollout: int | None = None
-    evaluations_since_best: int = 0
-
-    @classmethod
-    def read(cls, path: Path) -> State:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**values, "moments": RunningMoments(**values["moments"])})
 
 
 def main(run: Run[PPOArguments]) -> None:
-    args = run.args
-    accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=not torch.cuda.is_available())
-    refuse_backend(accelerator, args)
-    parent = verify_parent(args.parent, ("sft", "ppo"))
-    reward_parents = [verify_parent(source.model, ("reward",)) for source in args.reward if source.model is not None]
-    sources = read_sources(args.datasets, "prompt", args.data_root)
-    eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root)
-    ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root)
-    tokenizer = load_tokenizer(parent.path)
-    parent.check_tokenizer(tokenizer)
-    require_pad(tokenizer, args.parent)
-    encoder = ChatEncoder(tokenizer)
-    judges = [(label, name, import_function(name)) for label, name in judge_labels(args.judges).items()]
-    refuse_metric(args, [label for label, _, _ in judges])
-    run.output.inputs = {
-        "parent": parent.as_inputs(tokenizer),
-        "reward": identity(args.reward),
-        "judges": [source_sha256(function) for _, _, function in judges],
-        "data": fingerprint([*sources, *eval_sources, *ptx_sources]),
-    }
+    inputs = open_inputs(run)
     if run.already_done():
         return
+    training = prepare(run, inputs)
+    train(training, run)
+    finish(training, run)
 
-    train_prompts, eval_prompts = prompts(sources, eval_sources, encoder, args)
-    blocks = [b for s in ptx_sources for b in ptx_blocks(s, encoder, args)]
+
+@dataclass
+class Training:
+    """A PPO run that is ready to train: what it reads, samples with and learns with."""
+
+    inputs: PPOInputs
+    prompts: PromptSet
+    collector: Collector
+    evaluation: HeldOutEvaluation
+    learner: Learner
+    state: PPOState
+    log: PPOLog
+    resumed: list[int]
+
+
+def prepare(run: Run[PPOArguments], inputs: PPOInputs) -> Training:
+    """Load networks, rewards and prompts, and the newest checkpoint if there is one."""
+    args = run.args
     checkpoint = run.output.resumable()
-    state = State.read(checkpoint / "state.json") if checkpoint else State(args.kl_coef)
+    state = PPOState.read(checkpoint) if checkpoint else PPOState(args.kl_coef)
     set_seed(args.seed)
-    roles = build_roles(args, parent, reward_parents, encoder, accelerator.device)
-    loaded = {roles.reward_path: roles.reward} if isinstance(roles, AdapterRoles) and roles.reward else {}
-    bf16 = resolve_precision(args.precision)
-    scorer = build_scorer(args.reward, encoder, accelerator.device, loaded, args.ensemble, args.ensemble_penalty, bf16)
-    loop = Loop(run, accelerator, roles, encoder, scorer, judges, blocks, state)
+    collector = prepare_collector(inputs, run)
+    pretraining = prepare_pretraining(inputs, collector)
+    learner = Learner(args, run.processes, collector, pretraining, state)
     if checkpoint:
-        loop.load(checkpoint)
-    resumed = run.begin(checkpoint)
-    if args.trackers:
-        name = args.run_name or f"{Path(args.output_dir).parent.name}-ppo"
-        accelerator.init_trackers(
-            PROJECT,
-            config={k: str(v) for k, v in run.output.recipe.items()},
-            init_kwargs={"wandb": {"name": name}, "trackio": {"name": name, "resume": "allow"}},
-        )
+        learner.load_state_dict(load_checkpoint(checkpoint, run.processes))
+    evaluation = HeldOutEvaluation(collector, inputs.judges)
+    log = PPOLog(run, inputs.accelerator)
+    return Training(inputs, inputs.prompts, collector, evaluation, learner, state, log, run.begin(checkpoint))
 
-    bar = tqdm(
-        total=args.total_rollouts, initial=state.rollout, desc="ppo", unit="rollout", disable=not run.show_progress
-    )
-    ended = None
-    if args.eval_rollouts and state.rollout == 0:  # where every curve starts: policy = reference
-        figures, ended = loop.evaluation(eval_prompts[: args.eval_prompts])
-        log(run, accelerator, 0, figures)
-    while state.rollout < args.total_rollouts and ended is None:
-        start = time.perf_counter()
-        records = prompt_batch(train_prompts, state.rollout, args)
-        rollout, figures = loop.collect(records, args.seed, state.rollout)
-        figures |= loop.update(rollout, figures["kl"])
-        state.rollout += 1
-        figures["seconds"] = time.perf_counter() - start
-        figures["episodes_per_second"] = args.prompts_per_rollout / figures["seconds"]
-        figures["response_tokens_per_second"] = rollout.response_mask.sum().item() / figures["seconds"]
-        evaluated = args.eval_rollouts is not None and state.rollout % args.eval_rollouts == 0
-        if evaluated:
-            found, ended = loop.evaluation(eval_prompts[: args.eval_prompts])
-            figures |= found
-        if evaluated or state.rollout % args.logging_steps == 0 or state.rollout == args.total_rollouts:
-            log(run, accelerator, state.rollout, figures)
-        bar.update()
-        stop = run.interrupted()
-        if state.rollout % args.save_steps == 0 and state.rollout < args.total_rollouts:
-            loop.save()
-        if stop:  # the last boundary checkpoint is what the next start resumes from
-            run.leave_interrupted()
 
-    bar.close()
-    if ended:
-        logger.info("ppo: ended at rollout %d: %s", state.rollout, ended)
-    loop.take_best()
-    metrics, samples = loop.evaluate(eval_prompts)
-    results: dict[str, Any] = {key.removeprefix("eval_"): value for key, value in metrics.items()}
-    results |= {
-        "rollouts": state.rollout,
-        "episodes": state.rollout * args.prompts_per_rollout,
-        "policy_steps": state.policy_steps,
-        "value_steps": state.value_steps,
-        "kl_coef": state.kl_coef,
+def train(training: Training, run: Run[PPOArguments]) -> None:
+    """All rollouts from where the state stands, with evaluations and checkpoints between them."""
+    args, state, learner, log = run.args, training.state, training.learner, training.log
+    alarms = Alarms(args.max_grad_norm, "bf16" if training.collector.plan.bf16 else "fp32")
+    with log.progress(state.rollout) as bar:
+        if (
+            args.eval_rollouts and state.rollout == 0 and state.ended is None
+        ):  # where every curve starts: policy = reference
+            log.write(0, evaluate(training, run).metrics)
+        while state.rollout < args.total_rollouts and state.ended is None:
+            start = time.perf_counter()
+            prompts = training.prompts.of_rollout(state.rollout, args.prompts_per_rollout, args.seed)
+            rollout, metrics = collect_rollout(training.collector, prompts, state)
+            metrics |= learner.update(rollout, metrics)
+            state.rollout += 1
+            metrics |= throughput(rollout, time.perf_counter() - start)
+            alarms.check(metrics, state.rollout)
+            evaluated = args.eval_rollouts is not None and state.rollout % args.eval_rollouts == 0
+            if evaluated:
+                metrics |= evaluate(training, run).metrics
+            if evaluated or state.rollout % args.logging_steps == 0 or state.rollout == args.total_rollouts:
+                log.write(state.rollout, metrics)
+            bar.update()
+            stop = run.interrupted()
+            if state.rollout % args.save_steps == 0 and state.rollout < args.total_rollouts:
+                save_checkpoint(run.output, state, learner.state_dict(), run.processes)
+            if stop:  # the last checkpoint at a boundary is what the next start resumes from
+                run.leave_interrupted()
+    if state.ended:
+        logger.info("ppo: ended at rollout %d: %s", state.rollout, state.ended)
+
+
+def collect_rollout(collector: Collector, prompts: list[Prompt], state: PPOState) -> tuple[Rollout, dict[str, float]]:
+    """Sample a response to each prompt, score it, and compute KL-penalised rewards, advantages and returns."""
+    args, start = collector.args, time.perf_counter()
+    samples = collector.collect(prompts, args.seed * 1_000_003 + state.rollout)
+    if state.rollout == 0:
+        warn_of_missing_eos_score(samples, args)
+    scores = trained_scores(samples, args, state.moments)
+    penalty = state.kl_coef if args.kl_estimator == "k1" else 0.0  # k2 is a loss beside the policy's
+    rollout = build_rollout(samples, scores, penalty, args)
+    metrics = score_metrics(samples, args) | rollout_metrics(rollout)
+    metrics["seconds_collect"] = time.perf_counter() - start
+    tokens = sum(len(sample.prompt_ids) + len(sample.ids) for sample in samples)
+    state.flops += 2.0 * tokens * sum(collector.networks.parameters.values())
+    return whiten_advantages(rollout) if args.whiten_advantages else rollout, metrics
+
+
+def throughput(rollout: Rollout, seconds: float) -> dict[str, float]:
+    tokens = float(rollout.lengths.sum())
+    return {
+        "seconds": seconds,
+        "episodes_per_second": len(rollout) / seconds,
+        "response_tokens_per_second": tokens / seconds,
     }
+
+
+def evaluate(training: Training, run: Run[PPOArguments]) -> Evaluation:
+    """An evaluation during training: samples to file, the best networks kept, and whether the run ends here."""
+    args, state = run.args, training.state
+    evaluation = training.evaluation.evaluate(training.prompts.held_out[: args.eval_prompts])
+    training.log.samples(state.rollout, evaluation.samples)
+    if is_new_best(evaluation.metrics, args, state) and run.is_main:
+        save_best(Path(args.output_dir), training.learner.best_state_dict())
+    state.ended = reason_to_end(evaluation.metrics, args, state)
+    return evaluation
+
+
+def finish(training: Training, run: Run[PPOArguments]) -> None:
+    """Take the best networks where the recipe asks for them, evaluate on all held-out prompts, and save."""
+    args, state = run.args, training.state
     if state.best_rollout is not None:
-        results |= {"best_rollout": state.best_rollout, "best_" + str(args.best_metric): state.best}
-    if ended:
-        results["ended"] = ended
-    if run.is_main:
-        loop.save_final(Path(args.output_dir))
-        write_json(Path(args.output_dir) / "samples.json", samples)
-    run.finish(
-        parents=[parent.record(), *(reward.record() for reward in reward_parents)],
-        datasets=[s.provenance() for s in [*sources, *eval_sources, *ptx_sources]],
-        tokenizer=tokenizer,
-        metrics=results,
-        flops=state.flops,
-        resumed_from=resumed,
-        summary=f"held-out reward {results['score']:.3f} (SFT {results['reference_score']:.3f}) at a KL of {results['kl']:.2f} nats, "
-        f"{results['response_tokens']:.1f} tokens a response, {results['stopped']:.0%} stopped"
-        + (f", best at rollout {state.best_rollout}" if state.best_rollout is not None else ""),
-    )
-    accelerator.end_training()  # last: it also ends the process group
+        run.processes.barrier()
+        training.learner.load_best_state_dict(load_best(Path(args.output_dir)))
+    evaluation = training.evaluation.evaluate(training.prompts.held_out)
+    save_result(training, run, evaluation)
 
 
-def refuse_backend(accelerator: Accelerator, args: PPOArguments) -> None:
-    """Sharded backends need another way to sample and save; refused before anything is loaded."""
-    if accelerator.distributed_type not in SUPPORTED:
-        raise UserError(
-            f"PPO does not run under {accelerator.distributed_type.value} yet; use one process, or DDP "
-            "(recipes/accelerate/ddp.yaml)"
-        )
-    if args.prompts_per_rollout % accelerator.num_processes:
-        raise UserError(
-            f"prompts_per_rollout ({args.prompts_per_rollout}) must be a multiple of the {accelerator.num_processes} processes"
-        )
-    if args.prompts_per_rollout // args.minibatches < accelerator.num_processes:
-        raise UserError(
-            f"a minibatch of {args.prompts_per_rollout // args.minibatches} prompts is less than one a process; lower minibatches"
-        )
+# ------------------------------------------------------------------------------------------------ learning
 
 
-def prompts(
-    sources: list[Source], eval_sources: list[Source], encoder: ChatEncoder, args: PPOArguments
-) -> tuple[list[Record], list[Record]]:
-    """Training and held-out prompts with their `ids`; too long ones are refused, or counted and dropped."""
-    train = [{**r, "file": s.location} for s in sources for r in s.records]
-    held_out = [{**r, "file": s.location} for s in eval_sources for r in s.records]
-    if not eval_sources:
-        train, held_out = split_records(train, args.held_out_fraction)
-    held_out = spread(held_out)
-    kept: list[list[Record]] = [[], []]
-    for part, records in zip(kept, (train, held_out), strict=True):
-        for record in records:
-            ids = encoder.prompt_ids(record["prompt"])
-            if len(ids) > args.max_prompt_tokens:
-                if args.long_prompts == "error":
-                    raise UserError(
-                        f"prompt of {len(ids)} tokens exceeds max_prompt_tokens ({args.max_prompt_tokens}): "
-                        f"{shorten(record['prompt'][-1]['content'])}; raise it, or say `long_prompts: drop`",
-                        file=record["file"],
-                        line=record["line"],
-                    )
-                continue
-            part.append({**record, "ids": ids})
-    dropped = len(train) + len(held_out) - len(kept[0]) - len(kept[1])
-    if dropped:
-        logger.warning("ppo: %d prompts over max_prompt_tokens (%d) dropped", dropped, args.max_prompt_tokens)
-    if not kept[0] or not kept[1]:
-        raise UserError(
-            f"{len(kept[0])} prompts to train on and {len(kept[1])} held out; both are needed: "
-            "give `eval_datasets:` or change held_out_fraction"
-        )
-    return kept[0], kept[1]
-
-
-def refuse_metric(args: PPOArguments, judges: list[str]) -> None:
-    """`best_metric` names what evaluations will measure, or the run ends before it starts."""
-    models = [source for source in args.reward if source.model is not None]
-    parts = [s.function if s.model is None else "reward_model" if len(models) == 1 else s.model for s in args.reward]
-    parts += [DISAGREEMENT] if args.ensemble != "sum" else []
-    known = ["score", *judges, *(f"score_{part}" for part in parts)]
-    if args.best_metric is not None and args.best_metric not in known:
-        raise UserError(f"best_metric: no evaluation measures {args.best_metric!r}; one of {', '.join(known)}")
-
-
-def ptx_blocks(source: Source, encoder: ChatEncoder, args: PPOArguments) -> list[Block]:
-    """Documents packed for the language-modelling loss beside PPO's (A33)."""
-    texts = [record["text"] for record in source.records]
-    return pack_documents(document_ids(encoder.tokenizer, texts), args.ptx_block_tokens)
-
-
-def prompt_batch(records: list[Record], rollout: int, args: PPOArguments) -> list[Record]:
-    """The prompts of one rollout: a function of the rollout's number alone."""
-    n = args.prompts_per_rollout
-    return [records[i] for i in endless(len(records), rollout * n, n, args.seed)]
-
-
-def build_roles(
-    args: PPOArguments, parent: Parent, rewards: list[Parent], encoder: ChatEncoder, device: torch.device
-) -> Roles:
-    """The networks of the recipe's `roles:`, checked against the recipe's lengths and stop tokens."""
-    stop_ids = stop_token_ids(args, encoder)
-    bf16 = resolve_precision(args.precision)
-
-    def wrap(model: Any) -> PolicyModel:
-        never = forbidden_ids(encoder.tokenizer, model.get_output_embeddings().weight.shape[0])
-        forbidden = [token for token in never if token not in stop_ids]  # a special token may be a stop token
-        return PolicyModel(model, args.temperature, forbidden).to(device)
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-
-    policy = load_causal_lm(parent.path, args.quantization)
-    tokens = args.max_prompt_tokens + args.max_response_tokens
-    refuse_beyond_context(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
-    roles: Roles
-    if args.roles == "adapters":
-        adapter = next((reward for reward in rewards if read_adapter(reward.path)), None)
-        if adapter:
-            refuse_other_base(adapter, parent)
-        init = args.value_init != "policy" and adapter is not None
-        if args.value_init == "reward" and not init:
-            raise UserError("value_init: reward with `roles: adapters` needs a reward model trained with `lora:`")
-        roles = AdapterRoles(
-            policy, args.lora, wrap, autocast, parent.path, adapter.path if adapter else None, init
-        ).to(device)
-    elif args.roles == "shared_trunk":
-        roles = SharedTrunkRoles(policy, load_causal_lm(parent.path), wrap, autocast)
-        roles.head.to(device)
-    else:
-        value = load_value(args, parent, rewards, encoder)
-        roles = SeparateRoles(policy, load_causal_lm(parent.path), value, wrap, autocast)
-        roles.value.to(device)
-    if bf16 and device.type != "cpu" and isinstance(roles, SeparateRoles | SharedTrunkRoles):
-        hold_in_bf16(roles.reference)  # a CPU samples in fp32
-    prepared = [prepare(model) for model in roles.networks()]
-    roles.packed = all(prepared)
-    if not roles.packed:
-        logger.info("ppo: %s takes padded rows only; its padding is computed too", type(policy).__name__)
-    roles.policy.refuse_transformed_logits()
-    return roles
-
-
-def refuse_other_base(reward: Parent, policy: Parent) -> None:
-    """A reward adapter belongs to the base that it was trained on."""
-    lineage = read_lineage(Path(reward.path)) or {}
-    bases = [base.get("weights_sha256") for base in lineage.get("parents", [])]
-    if policy.weights_sha256 not in bases:
-        raise UserError(
-            f"roles: adapters: the reward adapter in {reward.path!r} was trained on another base than the policy "
-            f"{policy.path!r}; train the reward from that parent, or say `roles: separate`"
-        )
-
-
-def load_value(args: PPOArguments, parent: Parent, rewards: list[Parent], encoder: ChatEncoder) -> Any:
-    """A value network: the reward model's copy (S20), or the policy's trunk with a zero head (Z19)."""
-    if args.value_init != "policy" and rewards:
-        same = tokenizer_hashes(load_tokenizer(rewards[0].path))[0] == tokenizer_hashes(encoder.tokenizer)[0]
-        if same:
-            return load_scalar_model(rewards[0].path)
-        if args.value_init == "reward":
-            raise UserError(
-                "value_init: reward needs the policy's tokenizer, the reward model has another; say `value_init: policy`"
-            )
-        logger.info("ppo: the reward model has another tokenizer; the value network starts from the policy")
-    return zero_value(parent.path, encoder.tokenizer.pad_token_id, args.seed)
-
-
-def stop_token_ids(args: PPOArguments, encoder: ChatEncoder) -> list[int]:
-    return [encoder.eos_id, *(_token_id(encoder, token) for token in args.stop_tokens)]
-
-
-class Loop:
-    """What one rollout does with roles, scores and two optimizers; evaluation and state."""
+class Learner:
+    """Updates policy and value model on rollouts: two optimizers, each with its own schedule, counted in its own steps."""
 
     def __init__(
         self,
-        run: Run[PPOArguments],
-        accelerator: Accelerator,
-        roles: Roles,
-        encoder: ChatEncoder,
-        scorer: Scorer,
-        judges: list[tuple[str, str, Any]],
-        blocks: list[Block],
-        state: State,
+        args: PPOArguments,
+        processes: Processes,
+        collector: Collector,
+        pretraining: PretrainingText | None,
+        state: PPOState,
     ):
-        self.run, self.args, self.accelerator, self.roles = run, run.args, accelerator, roles
-        self.encoder, self.scorer, self.judges, self.blocks, self.state = encoder, scorer, judges, blocks, state
-        args = self.args
-        self.stop_ids = stop_token_ids(args, encoder)
-        self.engine = LocalEngine(
-            args.max_response_tokens,
-            self.stop_ids,
-            encoder.tokenizer.pad_token_id,
-            roles.policy.forbidden.tolist(),
-            args.temperature,
-            args.generation_rows,
-        )
-        adam: dict[str, Any] = {"betas": (0.9, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": 0.0}
+        self.args, self.processes, self.collector = args, processes, collector
+        self.pretraining, self.state = pretraining, state
+        self.networks: Networks = collector.networks
         value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
-        self.peaks = {"policy": args.learning_rate, "value": value_lr}
-        self.schedules = {"policy": args.lr_schedule, "value": args.value_lr_schedule or args.lr_schedule}
+        settings: dict[str, Any] = {"betas": (0.9, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": 0.0}
         self.optimizers = {
-            name: torch.optim.AdamW(parameters, lr=self.peaks[name], fused=True, **adam)
-            for name, parameters in roles.trained.items()
+            name: torch.optim.AdamW(self.networks.trained[name], lr=peak, fused=True, **settings)
+            for name, peak in (("policy", args.learning_rate), ("value", value_lr))
         }
-        self.ema = [p.detach().clone() for p in roles.trained["policy"]] if args.ema_decay is not None else None
-        self.reference_answers: dict[int, list[dict[str, Any]]] = {}
-
-    # ------------------------------------------------------------------------------------------ rollout
-
-    def collect(self, records: list[Record], seed: int, number: int) -> tuple[Rollout, dict[str, float]]:
-        """Sample, score and prepare one rollout; every process gets the whole of it."""
-        start = time.perf_counter()
-        uniforms = row_uniforms(seed * 1_000_003 + number, range(len(records)), self.args.max_response_tokens)
-        mine = list(range(len(records)))[self.run.processes.rank :: self.run.processes.count]
-        responses = self.sample("policy", records, mine, uniforms)
-        generated = time.perf_counter()
-        answers = self.run.processes.gather(lambda: self.answers(records, mine, responses, with_values=True))
-        answers.sort(key=lambda answer: answer["row"])
-        rollout = self.assemble(records, answers)
-        figures = {"score": self.scores(answers).mean().item(), **rollout_figures(rollout)}
-        for name in answers[0]["parts"]:
-            figures[f"score_{name}"] = sum(a["parts"][name] for a in answers) / len(answers)
-        figures |= {"seconds_generate": generated - start, "seconds_score": time.perf_counter() - generated}
-        return rollout, figures
-
-    def sample(self, role: str, records: list[Record], rows: list[int], uniforms: Tensor) -> list[list[int]]:
-        if not rows:
-            return []
-        with self.sampling_precision(), self.roles.sampler(role) as model:
-            return self.engine.responses(model, [records[i]["ids"] for i in rows], uniforms[rows])
-
-    def sampling_precision(self) -> Any:
-        """A CPU samples in fp32 always: a token at a time, bf16 is slower there."""
-        return contextlib.nullcontext() if self.accelerator.device.type == "cpu" else self.roles.autocast()
-
-    @torch.no_grad()
-    def answers(
-        self, records: list[Record], rows: list[int], responses: list[list[int]], with_values: bool
-    ) -> list[dict[str, Any]]:
-        """Score each response, and its tokens' log-probabilities and values; plain lists, to be gathered."""
-        if not rows:
-            return []
-        mine = [records[i] for i in rows]
-        with self.roles.autocast():
-            scored = self.scorer(
-                [r["prompt"] for r in mine], [r["ids"] for r in mine], responses, [r["row"] for r in mine]
+        rollouts = {"policy": args.total_rollouts - args.value_warmup_rollouts, "value": args.total_rollouts}
+        shapes = {"policy": args.lr_schedule, "value": args.value_lr_schedule or args.lr_schedule}
+        self.schedules = {
+            name: LambdaLR(
+                optimizer,
+                partial(
+                    lr_factor,
+                    total=rollouts[name],
+                    schedule=shapes[name],
+                    warmup=args.warmup_rollouts,
+                    warmup_from=args.warmup_from,
+                ),
             )
-        answers = [
-            {
-                "row": row,
-                "response": response,
-                "score": scored.scores[i].item(),
-                "parts": {k: v[i].item() for k, v in scored.parts.items()},
-            }
-            for i, (row, response) in enumerate(zip(rows, responses, strict=True))
-        ]
-        lengths = [len(r["ids"]) + len(a) for r, a in zip(mine, responses, strict=True)]
-        extra = self.args.score_position == "after"
-        for group in microbatches(lengths, list(range(len(rows))), 4 * self.args.micro_batch_tokens):
-            batch = self.tensors([mine[i]["ids"] for i in group], [responses[i] for i in group])
-            found = {name: values.tolist() for name, values in self.roles.measure(batch, with_values).items()}
-            for k, i in enumerate(group):
-                n = len(responses[i])
-                answers[i] |= {name: rows[k][: n + int(extra and name == "values")] for name, rows in found.items()}
-        size = self.roles.parameters
-        self.state.flops += 2.0 * sum(lengths) * self.run.processes.count * sum(size.values())
-        return answers
+            for name, optimizer in self.optimizers.items()
+        }
+        self.average = None
+        if args.ema_decay is not None:
+            self.average = [parameter.detach().clone() for parameter in self.networks.trained["policy"]]
 
-    def assemble(self, records: list[Record], answers: list[dict[str, Any]]) -> Rollout:
-        """The rollout's tensors, its scores as they are trained, rewards and advantages."""
-        args = self.args
-        responses = [answer["response"] for answer in answers]
-        shape = response_mask_of(responses, args.score_position).shape
-        tensors = {name: torch.zeros(shape) for name in ("logprobs", "ref_logprobs", "values")}
-        for i, answer in enumerate(answers):
-            for name, tensor in tensors.items():
-                tensor[i, : len(answer[name])] = torch.tensor(answer[name])
-        scores = self.scores(answers)
-        if args.scale_scores == "running":
-            self.state.moments.update(scores)
-            scores = scores / self.state.moments.std
-        if args.score_clip is not None:
-            scores = scores.clamp(-args.score_clip, args.score_clip)
-        shaping = Shaping(
-            self.state.kl_coef,
-            args.kl_estimator,
-            args.score_position,
-            args.whiten_rewards,
-            args.whiten_advantages,
-            args.gamma,
-            args.gae_lambda,
-        )
-        return assemble(
-            [r["ids"] for r in records], responses, self.stopped(answers), scores, **tensors, shaping=shaping
-        )
-
-    def stopped(self, answers: list[dict[str, Any]]) -> Tensor:
-        return torch.tensor([answer["response"][-1] in self.stop_ids for answer in answers])
-
-    def scores(self, answers: list[dict[str, Any]]) -> Tensor:
-        """(answers,) scores after the rule for responses without a stop token, in the reward's own units."""
-        raw = torch.tensor([answer["score"] for answer in answers])
-        return missing_eos_scores(raw, self.stopped(answers), self.args.missing_eos, self.args.missing_eos_score)
-
-    # ------------------------------------------------------------------------------------------ update
-
-    def update(self, rollout: Rollout, kl: float) -> dict[str, float]:
-        """`ppo_epochs` × `minibatches` steps of each network on one rollout.
+    def update(self, rollout: Rollout, collected: dict[str, float]) -> dict[str, float]:
+        """`ppo_epochs` × `minibatches` optimizer steps of each network on one rollout.
 
         Args:
-            kl: the rollout's KL from the reference, nats a response, which an adaptive kl_coef follows.
-        """
-        args, state, start = self.args, self.state, time.perf_counter()
-        figures = {"kl_coef": state.kl_coef}
-        for name, optimizer in self.optimizers.items():
-            factor = lr_factor(
-                state.rollout,
-                args.total_rollouts,
-                self.schedules[name],
-                args.warmup_rollouts,
-                warmup_from=args.warmup_from,
-            )
-            figures[f"{name}_lr"] = self.peaks[name] * factor
-            for group in optimizer.param_groups:
-                group["lr"] = self.peaks[name] * factor
-        train_policy = state.rollout >= args.value_warmup_rollouts
-        steps: list[dict[str, float]] = []
-        epochs = 0
-        for epoch in range(args.ppo_epochs):
-            taken = [
-                self.step(rollout, rows, train_policy) for rows in self.minibatches(len(rollout.response_ids), epoch)
-            ]
-            steps, epochs = steps + taken, epochs + 1
-            moved = sum(step["update_kl"] for step in taken) / len(taken) if train_policy else 0.0
-            if args.max_update_kl is not None and moved > args.max_update_kl:
-                break
-        figures |= {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
-        figures |= {"epochs": epochs, "seconds_update": time.perf_counter() - start}
-        if train_policy:
-            figures["ratio_first_minibatch"] = steps[0]["ratio_max_log"]
-        if self.ema is not None and train_policy:
-            with torch.no_grad():
-                for average, parameter in zip(self.ema, self.roles.trained["policy"], strict=True):
-                    average.lerp_(parameter, 1 - (args.ema_decay or 0.0))
-        if args.kl_control == "adaptive" and train_policy:
-            state.kl_coef = adapt_kl_coef(state.kl_coef, kl, args.kl_target, len(rollout.response_ids), args.kl_horizon)
-        return figures
-
-    def minibatches(self, rows: int, epoch: int) -> Iterator[list[int]]:
-        """Row numbers of each optimizer step of an epoch, the same in every process."""
-        size = rows // self.args.minibatches
-        order = seeded_order((self.args.seed * 1_000_003 + self.state.rollout) * 1_009 + epoch, rows)
-        for start in range(0, rows, size):
-            yield order[start : start + size]
-
-    def step(self, rollout: Rollout, rows: list[int], train_policy: bool) -> dict[str, float]:
-        """One optimizer step of policy and value, each clipped by its own norm."""
-        trained = ("policy", "value") if train_policy else ("value",)
-        figures = self.backward(rollout, rows, train_policy)
-        if self.blocks and train_policy:
-            figures["ptx_loss"] = self.ptx_backward(len(rows))
-        self.run.processes.sum_gradients(p for name in trained for p in self.roles.trained[name])
-        if not all(map(math.isfinite, figures.values())):
-            self.refuse_nonfinite(rollout, rows, "the loss")
-        for name in trained:
-            norm = nn.utils.clip_grad_norm_(self.roles.trained[name], self.args.max_grad_norm)
-            if not torch.isfinite(norm):
-                self.refuse_nonfinite(rollout, rows, f"{name}'s gradient")
-            self.optimizers[name].step()
-            self.optimizers[name].zero_grad()
-            figures[f"{name}_grad_norm"] = norm.item()
-        self.state.policy_steps += train_policy
-        self.state.value_steps += 1
-        return figures
-
-    def backward(self, rollout: Rollout, rows: list[int], train_policy: bool = True) -> dict[str, float]:
-        """Accumulate this process's part of one minibatch's gradients.
-
-        Losses are means over the minibatch's tokens in all processes, however it is cut into micro-batches (A28).
+            collected: the rollout's metrics: `kl`, nats per response, which an adaptive kl_coef follows, and `advantage_std`.
 
         Returns:
-            the minibatch's figures, over all processes.
+            metrics, means over the optimizer steps.
         """
-        args = self.args
-        tokens, value_tokens = int(rollout.response_mask[rows].sum()), int(rollout.value_mask[rows].sum())
+        args, state, start = self.args, self.state, time.perf_counter()
+        trained = ("policy", "value") if state.rollout >= args.value_warmup_rollouts else ("value",)
+        metrics: dict[str, float] = {"kl_coef": state.kl_coef}
+        metrics |= {f"{name}_lr": float(schedule.get_last_lr()[0]) for name, schedule in self.schedules.items()}
         kl_loss_coef = 0.0
         if args.kl_estimator == "k2":  # in the units that whitening gave the advantages
-            kl_loss_coef = self.state.kl_coef / ((rollout.advantage_std + 1e-8) if args.whiten_advantages else 1.0)
-        mine = rows[self.run.processes.rank :: self.run.processes.count]
-        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-        sums: dict[str, float] = {}
-        largest = 0.0
-        for group in microbatches(lengths, mine, args.micro_batch_tokens):
-            batch = self.tensors([rollout.prompt_ids[i] for i in group], [rollout.response_ids[i] for i in group])
-            width, mask = batch["tokens"].shape[1], batch["mask"]
-            old = {
-                name: getattr(rollout, name)[group, :width].to(mask.device)
-                for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns", "value_mask")
-            }
-            for found in self.roles.passes(batch, train_policy):
-                shares = self.learn(found, old, mask, tokens, value_tokens, kl_loss_coef)
-                largest = max(largest, shares.pop("ratio_max_log", 0.0))
-                sums |= {name: sums.get(name, 0.0) + share for name, share in shares.items()}
-        names = (*(POLICY_FIGURES if train_policy else ()), *VALUE_FIGURES)
-        totals = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
-        totals = self.run.processes.sum(totals)
-        largest = self.run.processes.max(torch.tensor([largest], dtype=torch.float64)).item()
-        trained = self.roles.parameters["policy"] * train_policy + self.roles.parameters["value"]
-        self.state.flops += 6.0 * sum(lengths[i] for i in rows) * trained
-        figures = dict(zip(names, totals.tolist(), strict=True))
-        return {**figures, "ratio_max_log": largest} if train_policy else figures
+            scale = collected["advantage_std"] + 1e-8 if args.whiten_advantages else 1.0
+            kl_loss_coef = state.kl_coef / scale
+        steps: list[dict[str, float]] = []
+        for epoch in range(args.ppo_epochs):
+            epoch_steps = [
+                self.step(rollout.select(rows), trained, kl_loss_coef) for rows in self.minibatches(len(rollout), epoch)
+            ]
+            steps += epoch_steps
+            moved = sum(step.get("update_kl", 0.0) for step in epoch_steps) / len(epoch_steps)
+            if args.max_update_kl is not None and moved > args.max_update_kl:
+                break
+        metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        metrics |= {"epochs": epoch + 1, "seconds_update": time.perf_counter() - start}
+        for name in trained:
+            self.schedules[name].step()
+        if "policy" in trained:
+            metrics["ratio_first_minibatch"] = steps[0]["ratio_max_log"]
+            self._average_policy()
+            if args.kl_control == "adaptive":
+                state.kl_coef = adapt_kl_coef(
+                    state.kl_coef, collected["kl"], args.kl_target, len(rollout), args.kl_horizon
+                )
+        return metrics
 
-    def learn(
-        self, found: Batch, old: Batch, mask: Tensor, tokens: int, value_tokens: int, kl_loss_coef: float
+    def minibatches(self, sequences: int, epoch: int) -> Iterator[list[int]]:
+        """The sequences of each optimizer step of an epoch, the same in every process."""
+        size = sequences // self.args.minibatches
+        order = seeded_order((self.args.seed * 1_000_003 + self.state.rollout) * 1_009 + epoch, sequences)
+        for start in range(0, sequences, size):
+            yield order[start : start + size]
+
+    def step(self, minibatch: Rollout, trained: tuple[str, ...], kl_loss_coef: float) -> dict[str, float]:
+        """One optimizer step of each trained network, each clipped by its own gradient norm."""
+        metrics = self.accumulate_gradients(minibatch, trained, kl_loss_coef)
+        if self.pretraining is not None and "policy" in trained:
+            loss, flops = self.pretraining.accumulate_gradients(len(minibatch), self.state.policy_steps)
+            metrics["ptx_loss"] = loss
+            self.state.flops += flops
+        self.processes.sum_gradients(p for name in trained for p in self.networks.trained[name])
+        self._refuse_nonfinite(metrics, minibatch, "the loss")
+        for name in trained:
+            norm = nn.utils.clip_grad_norm_(self.networks.trained[name], self.args.max_grad_norm)
+            metrics[f"{name}_grad_norm"] = norm.item()
+            self._refuse_nonfinite({"norm": norm.item()}, minibatch, f"{name}'s gradient")
+            self.optimizers[name].step()
+            self.optimizers[name].zero_grad()
+        self.state.policy_steps += "policy" in trained
+        self.state.value_steps += 1
+        return metrics
+
+    def accumulate_gradients(
+        self, minibatch: Rollout, trained: tuple[str, ...] = ("policy", "value"), kl_loss_coef: float = 0.0
     ) -> dict[str, float]:
-        """Gradients of one pass over a micro-batch; returns its share of the minibatch's figures.
+        """Add this process's share of a minibatch's gradients, however it is cut into micro-batches.
 
-        Args:
-            found: what the pass gave; old: what the rollout has; (rows, width) each, as is mask, bool.
-            tokens, value_tokens: of the minibatch, in all processes.
+        Returns:
+            the minibatch's metrics, over all processes.
         """
-        args = self.args
-        loss = torch.zeros((), device=mask.device)
-        parts: dict[str, Tensor] = {}
-        shares: dict[str, Tensor] = {}
-        if "logprobs" in found:
-            logprobs = found["logprobs"]
-            losses, clipped = policy_losses(logprobs, old["logprobs"], old["advantages"], args.clip_range)
-            loss = loss + masked_sum(losses, mask) / tokens
-            if kl_loss_coef:
-                loss = loss + kl_loss_coef * masked_sum(k2(logprobs, old["ref_logprobs"]), mask) / tokens
-            log_ratio = torch.where(mask, logprobs.detach() - old["logprobs"], 0.0)
-            shares["ratio_max_log"] = log_ratio.abs().max().double()
-            parts |= {"policy_loss": losses, "clip_fraction": clipped, "entropy": found["entropy"]}
-            parts |= {"ratio": log_ratio.exp(), "update_kl": k3(old["logprobs"] + log_ratio, old["logprobs"])}
-        if "values" in found:
-            value_loss, value_clipped = value_losses(
-                found["values"], old["values"], old["returns"], args.value_clip_range
+        args, sums = self.args, MetricSums()
+        tokens, value_tokens = int(minibatch.lengths.sum()), int(minibatch.value_lengths.sum())
+        lengths = [len(p) + len(r) for p, r in zip(minibatch.prompt_ids, minibatch.response_ids, strict=True)]
+        mine = self.processes.share(range(len(minibatch)))
+        for rows in microbatches(lengths, mine, args.micro_batch_tokens):
+            part = minibatch.select(rows)
+            batch = self.collector.batch(part.prompt_ids, part.response_ids)
+            part = part.to(self.collector.device)
+            self.networks.accumulate_gradients(
+                batch,
+                partial(policy_loss, rollout=part, args=args, kl_loss_coef=kl_loss_coef, tokens=tokens, sums=sums)
+                if "policy" in trained
+                else None,
+                partial(value_loss, rollout=part, args=args, tokens=value_tokens, sums=sums),
             )
-            loss = loss + args.vf_coef * masked_sum(value_loss, old["value_mask"]) / value_tokens
-            parts |= {"value_loss": value_loss, "value_clip_fraction": value_clipped}
-        loss.backward()
-        for name, part in parts.items():
-            counted, count = (old["value_mask"], value_tokens) if name in VALUE_FIGURES else (mask, tokens)
-            shares[name] = masked_sum(part.detach().double(), counted) / count
-        return dict(zip(shares, torch.stack(list(shares.values())).tolist(), strict=True))  # one copy from the device
+        parameters = sum(self.networks.parameters[name] for name in trained)
+        self.state.flops += 6.0 * sum(lengths) * parameters
+        return sums.over(self.processes, self.collector.device)
 
-    def ptx_backward(self, prompts: int) -> float:
-        """Gradients of ptx_coef × the mean negative log-likelihood of pretraining tokens (A33, I22), added to PPO's.
+    def _average_policy(self) -> None:
+        if self.average is not None and self.args.ema_decay is not None:
+            with torch.no_grad():
+                get_ema_multi_avg_fn(self.args.ema_decay)(self.average, self.networks.trained["policy"], None)
 
-        The mean is over the tokens of this step's blocks in all processes; returns it.
-        """
-        args = self.args
-        number = max(1, round(args.ptx_ratio * prompts))
-        chosen = endless(len(self.blocks), self.state.policy_steps * number, number, args.seed + 1)
-        collate = BlockCollator(self.encoder.tokenizer.pad_token_id)
-        tokens = int((collate([self.blocks[i] for i in chosen])["labels"][:, 1:] != IGNORE).sum())
-        mine = chosen[self.run.processes.rank :: self.run.processes.count]
-        total = torch.zeros(1, dtype=torch.float64)
-        for group in microbatches([len(b["input_ids"]) for b in self.blocks], mine, args.micro_batch_tokens):
-            batch = {k: v.to(self.accelerator.device) for k, v in collate([self.blocks[i] for i in group]).items()}
-            with self.roles.autocast():
-                nll = self.roles.policy.text_nll(batch["input_ids"], batch["position_ids"], batch["labels"])
-            (args.ptx_coef * nll / tokens).backward()
-            total += nll.detach().double().cpu()
-        self.state.flops += 6.0 * tokens * self.roles.parameters["policy"]
-        return self.run.processes.sum(total / tokens).item()
-
-    def refuse_nonfinite(self, rollout: Rollout, rows: list[int], what: str) -> None:
+    def _refuse_nonfinite(self, metrics: dict[str, float], minibatch: Rollout, what: str) -> None:
+        if all(map(math.isfinite, metrics.values())):
+            return
         path = Path(self.args.output_dir) / "nonfinite_batch.pt"
-        if self.run.is_main:
-            torch.save({"rows": rows, **vars(rollout)}, path)
+        if self.processes.is_main:
+            torch.save(vars(minibatch), path)
         raise RuntimeError(
-            f"{what} is not finite at rollout {self.state.rollout}; the rollout was saved to {path}, "
+            f"{what} is not finite at rollout {self.state.rollout}; the minibatch was saved to {path}, "
             "the last checkpoint is as it was"
         )
 
-    def tensors(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> Batch:
-        """The input of a micro-batch, and where its responses are read (see `PolicyModel.forward`)."""
-        mask = response_mask_of(response_ids, self.args.score_position)
-        prompts = torch.tensor([len(p) for p in prompt_ids])[:, None]
-        lengths = torch.tensor([len(r) for r in response_ids])[:, None]
-        last = lengths - int(self.args.score_position == "last")  # "after": the state at the last token has a value too
-        tokens = right_pad(response_ids, 0)
-        rows = [p + r for p, r in zip(prompt_ids, response_ids, strict=True)]
-        device = self.accelerator.device
-        batch = lay_out(rows, self.encoder.tokenizer.pad_token_id, self.roles.packed, worth_on(device))
-        within = prompts - 1 + torch.minimum(torch.arange(mask.shape[1])[None], last)
-        batch |= {
-            "positions": batch["starts"][:, None] + within,
-            "tokens": nn.functional.pad(tokens, (0, mask.shape[1] - tokens.shape[1])),
-            "mask": mask,
-        }
-        placed: Batch = send_to_device(batch, device)
-        return placed
+    def state_dict(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {**self.optimizers, **{f"{name}_schedule": s for name, s in self.schedules.items()}}
+        return {**self.best_state_dict(), **{name: part.state_dict() for name, part in parts.items()}}
 
-    # ------------------------------------------------------------------------------------------ evaluation
-
-    def evaluation(self, records: list[Record]) -> tuple[dict[str, float], str | None]:
-        """An evaluation during training: figures, samples on file and in the log, the best so far; and why to end, if so."""
-        args, state = self.args, self.state
-        figures, samples = self.evaluate(records)
-        if self.run.is_main:
-            folder = Path(args.output_dir) / "samples"
-            folder.mkdir(exist_ok=True)
-            write_json(folder / f"rollout-{state.rollout:06d}.json", samples)
-            log_samples(self.accelerator.trackers, samples, state.rollout)
-            for sample in samples[:SHOWN]:
-                logger.info(
-                    "ppo sample: %s → %s (%.2f)",
-                    shorten(sample["prompt"], 60),
-                    shorten(sample["response"], 120),
-                    sample["score"],
-                )
-        if args.best_metric is not None:
-            found = figures[f"eval_{args.best_metric}"]
-            if state.best is None or found > state.best:
-                state.best, state.best_rollout, state.evaluations_since_best = found, state.rollout, 0
-                if self.run.is_main:
-                    path = Path(args.output_dir) / BEST
-                    torch.save(self.roles.state(), path.with_suffix(".tmp"))
-                    os.replace(path.with_suffix(".tmp"), path)
-            else:
-                state.evaluations_since_best += 1
-        if args.stop_kl is not None and figures["eval_kl"] > args.stop_kl:
-            return figures, f"a KL of {figures['eval_kl']:.2f} nats exceeds stop_kl ({args.stop_kl:g})"
-        if args.patience is not None and state.evaluations_since_best >= args.patience:
-            return figures, f"{args.patience} evaluations without a better {args.best_metric}"
-        return figures, None
-
-    def take_best(self) -> None:
-        """Back to the best evaluation's networks, where the recipe asks for that."""
-        if self.state.best_rollout is None:
-            return
-        self.run.processes.barrier()
-        path = Path(self.args.output_dir) / BEST
-        self.roles.load_state(torch.load(path, map_location="cpu", weights_only=True))
-        self.run.processes.barrier()
-        if self.run.is_main:
-            path.unlink()
-
-    def evaluate(self, records: list[Record]) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Held-out prompts answered by policy and reference with the same random numbers: score, KL, length, samples."""
-        uniforms = row_uniforms(EVALUATION + self.args.seed, range(len(records)), self.args.max_response_tokens)
-        mine = list(range(len(records)))[self.run.processes.rank :: self.run.processes.count]
-        flops = self.state.flops  # evaluation is no training
-        found = {}
-        for role in ("policy", "reference"):
-            if role == "reference" and len(records) in self.reference_answers:  # it never changes
-                found[role] = self.reference_answers[len(records)]
-                continue
-            responses = self.sample(role, records, mine, uniforms)
-            answers = self.run.processes.gather(partial(self.answers, records, mine, responses, with_values=False))
-            found[role] = sorted(answers, key=lambda answer: answer["row"])
-        self.reference_answers[len(records)] = found["reference"]
-        self.state.flops = flops
-        policy = found["policy"]
-        n = len(policy)
-        metrics = {
-            "eval_score": self.scores(policy).mean().item(),
-            "eval_reference_score": self.scores(found["reference"]).mean().item(),
-            "eval_kl": sum(sum(a["logprobs"]) - sum(a["ref_logprobs"]) for a in policy) / n,
-            "eval_response_tokens": sum(len(a["response"]) for a in policy) / n,
-            "eval_reference_response_tokens": sum(len(a["response"]) for a in found["reference"]) / n,
-            "eval_stopped": self.stopped(policy).float().mean().item(),
-            "eval_prompts": n,
-        }
-        for part in policy[0]["parts"]:
-            metrics[f"eval_score_{part}"] = sum(a["parts"][part] for a in policy) / n
-        texts, reference_texts = (self.encoder.texts([a["response"] for a in found[name]]) for name in found)
-        for label, judge, function in self.judges:
-            asked = [records[a["row"]] for a in policy]
-            verdicts = call_function(
-                function, judge, [r["prompt"][-1]["content"] for r in asked], texts, [r["row"] for r in asked]
-            )
-            metrics[f"eval_{label}"] = sum(verdicts) / n
-        samples = [
-            {
-                "prompt": records[a["row"]]["prompt"][-1]["content"],
-                "response": texts[i],
-                "reference_response": reference_texts[i],
-                "score": a["score"],
-                "reference_score": b["score"],
-            }
-            for i, (a, b) in enumerate(list(zip(policy, found["reference"], strict=True))[:32])
-        ]
-        return metrics, samples
-
-    # ------------------------------------------------------------------------------------------ state
-
-    def save(self) -> None:
-        """A resumable checkpoint at a rollout's boundary, written beside and renamed in."""
-        random = gather_object([torch.get_rng_state()])
-        if self.run.is_main:
-            target = self.run.output.folder / f"checkpoint-{self.state.rollout}"
-            with writing(target) as folder:
-                tensors = {
-                    "roles": self.roles.state(),
-                    **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-                    "ema": self.ema,
-                    "random": random,
-                }
-                torch.save(tensors, folder / "tensors.pt")
-                write_json(folder / "state.json", asdict(self.state))
-                self.run.output.seal(folder)
-            self.run.output.prune(self.args.keep_checkpoints)
-        self.run.processes.barrier()
-
-    def load(self, checkpoint: Path) -> None:
-        saved = torch.load(checkpoint / "tensors.pt", map_location="cpu", weights_only=True)
-        self.roles.load_state(saved["roles"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.load_best_state_dict(state)
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(saved[name])
-        if self.ema is not None:
-            for average, tensor in zip(self.ema, saved["ema"], strict=True):
-                average.copy_(tensor)
-        if len(saved["random"]) == self.run.processes.count:
-            torch.set_rng_state(saved["random"][self.run.processes.rank])
+            optimizer.load_state_dict(state[name])
+            self.schedules[name].load_state_dict(state[f"{name}_schedule"])
 
-    def save_final(self, folder: Path) -> None:
-        model = self.roles.policy.model
-        model.generation_config.update(
-            do_sample=True,
-            temperature=self.args.temperature,
-            max_new_tokens=self.args.max_response_tokens,
-            eos_token_id=self.stop_ids,
-            pad_token_id=self.encoder.tokenizer.pad_token_id,
-        )
-        targets = [(folder, self.roles.save_policy), (folder / "value", self.roles.save_value)]
-        for target, save in targets:
-            save(target)
-            self.encoder.tokenizer.save_pretrained(target)
-        model.generation_config.save_pretrained(folder)
-        if self.ema is not None:
-            trained = self.roles.trained["policy"]
-            kept = [p.detach().clone() for p in trained]
-            with torch.no_grad():
-                for parameter, average in zip(trained, self.ema, strict=True):
-                    parameter.copy_(average)
-                self.roles.save_policy(folder / "ema")
-                for parameter, weights in zip(trained, kept, strict=True):
-                    parameter.copy_(weights)
-            self.encoder.tokenizer.save_pretrained(folder / "ema")
-            model.generation_config.save_pretrained(folder / "ema")
+    def best_state_dict(self) -> dict[str, Any]:
+        """What the best evaluation keeps: the networks, and the policy's moving average."""
+        return {"networks": self.networks.state_dict(), "average": self.average}
+
+    def load_best_state_dict(self, state: dict[str, Any]) -> None:
+        self.networks.load_state_dict(state["networks"])
+        for average, tensor in zip(self.average or [], state["average"] or [], strict=True):
+            average.copy_(tensor)
 
 
-def _token_id(encoder: ChatEncoder, token: str) -> int:
-    ids = encoder.tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise UserError(f"stop_tokens: {token!r} is {len(ids)} tokens of this tokenizer; a stop token is one")
-    return int(ids[0])
+def policy_loss(
+    logprobs: Tensor,
+    entropy: Tensor,
+    rollout: Rollout,
+    args: PPOArguments,
+    kl_loss_coef: float,
+    tokens: int,
+    sums: MetricSums,
+) -> Tensor:
+    """The clipped surrogate, a mean over the minibatch's tokens; with `kl_estimator: k2` also the KL from the reference.
+
+    Args:
+        logprobs, entropy: (response_tokens,) of a micro-batch, under the policy as it is now.
+        rollout: the same sequences as they were sampled.
+        tokens: response tokens of the whole minibatch, in all processes.
+    """
+    losses, clipped = clipped_policy_losses(logprobs, rollout.logprobs, rollout.advantages, args.clip_range)
+    log_ratio = logprobs.detach() - rollout.logprobs
+    update_kl = k3(rollout.logprobs, logprobs.detach())
+    sums.add(
+        tokens, policy_loss=losses, clip_fraction=clipped, entropy=entropy, ratio=log_ratio.exp(), update_kl=update_kl
+    )
+    sums.largest("ratio_max_log", log_ratio.abs())
+    if kl_loss_coef:
+        losses = losses + kl_loss_coef * k2(logprobs, rollout.ref_logprobs)
+    return losses.sum() / tokens
 
 
-def log(run: Run[PPOArguments], accelerator: Accelerator, rollout: int, figures: dict[str, float]) -> None:
-    if run.is_main:
-        history.append(run.output.folder, {"step": rollout, **{k: round(v, 8) for k, v in figures.items()}})
-        read = ("score", "kl", "response_tokens", "episodes_per_second", "eval_score", "eval_kl")
-        shown = ", ".join(f"{name} {figures[name]:.3f}" for name in read if name in figures)
-        logger.info("ppo rollout %d/%d: %s", rollout, run.args.total_rollouts, shown)
-    accelerator.log(figures, step=rollout)
+def value_loss(values: Tensor, rollout: Rollout, args: PPOArguments, tokens: int, sums: MetricSums) -> Tensor:
+    """The clipped squared error of the values, a mean over the minibatch's tokens, times `vf_coef`."""
+    losses, clipped = clipped_value_losses(values, rollout.values, rollout.returns, args.value_clip_range)
+    sums.add(tokens, value_loss=losses, value_clip_fraction=clipped)
+    return args.vf_coef * losses.sum() / tokens
 
 
 if __name__ == "__main__":

@@ -8,18 +8,22 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pipeline.config.arguments import PretrainArguments
+from pipeline.config.pretrain import PretrainArguments
+from pipeline.config.stages import SUPPORT
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import document_ids
+from pipeline.data.mixing import mixture_indices, rows_of_each
 from pipeline.data.packing import Block, pack_documents
-from pipeline.data.sources import Source, fingerprint, read_sources, split_texts
+from pipeline.data.sources import fingerprint, read_sources, split_texts
 from pipeline.errors import UserError
-from pipeline.evaluation.metrics import BitsPerByte, Perplexity
-from pipeline.models.loading import assign_pad, load_causal_lm, load_tokenizer, new_causal_lm, refuse_beyond_context
+from pipeline.evaluation.language import bits_per_byte, mean_loss, perplexity
+from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond_context
 from pipeline.models.tokenizer_training import train_tokenizer
+from pipeline.models.tokenizers import assign_pad, load_tokenizer
 from pipeline.training.identity import tokenizer_hashes
 from pipeline.training.lineage import verify_parent
-from pipeline.training.stage import Run, launch
+from pipeline.training.run import Run
+from pipeline.training.stage import launch
 from pipeline.training.trainer import (
     StageTrainer,
     measure_tokens,
@@ -37,7 +41,7 @@ logger = logging.getLogger("pipeline.pretrain")  # __name__ is __main__ under ac
 
 def main(run: Run[PretrainArguments]) -> None:
     args = run.args
-    parent = verify_parent(args.parent, ("pretrain", "sft", "ppo")) if args.parent else None
+    parent = verify_parent(args.parent, SUPPORT["pretrain"].parents) if args.parent else None
     sources = read_sources(args.datasets, "document", args.data_root)
     folder = parent.path if parent else args.tokenizer
     given = load_tokenizer(folder) if folder else None
@@ -66,7 +70,9 @@ def main(run: Run[PretrainArguments]) -> None:
 
     train_blocks = [pack_documents(document_ids(tokenizer, t), args.block_tokens) for t, _ in texts]
     held_out = [pack_documents(document_ids(tokenizer, t), args.block_tokens) for _, t in texts]
-    mixed, counts = mix(sources, train_blocks, args.seed)
+    sizes = [len(blocks) for blocks in train_blocks]
+    epoch = mixture_indices(sizes, [source.weight for source in sources], args.seed)
+    mixed = datasets.Dataset.from_list([block for blocks in train_blocks for block in blocks]).select(epoch)
     if not any(held_out):
         raise UserError("no document was held out; raise held_out_fraction or give more documents")
     held_out_bytes = sum(len(text.encode()) for _, part in texts for text in part)
@@ -90,10 +96,12 @@ def main(run: Run[PretrainArguments]) -> None:
     resumed = train(trainer, run)
 
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
-    metrics["bits_per_byte"] = BitsPerByte().compute(nll=[metrics.pop("nll")], num_bytes=[held_out_bytes])[
-        "bits_per_byte"
+    metrics["bits_per_byte"] = bits_per_byte(metrics.pop("nll"), held_out_bytes)
+    passes = trainer.state.global_step * args.examples_per_step / len(mixed)
+    # How often each source's blocks were seen: passes over the epoch times how often they stand in it.
+    epochs = [
+        round(passes * count / max(size, 1), 4) for count, size in zip(rows_of_each(epoch, sizes), sizes, strict=True)
     ]
-    epochs = epochs_seen(sources, train_blocks, counts, trainer.state.global_step * args.examples_per_step / len(mixed))
     metrics |= {
         "held_out_bytes": held_out_bytes,
         "parameters": model.num_parameters(),
@@ -120,7 +128,12 @@ class PretrainTrainer(StageTrainer, Trainer):
 
     def measure(self) -> dict[str, float]:
         nll, tokens, _ = measure_tokens(self, self.eval_dataset, self.eval_rows)
-        return {**Perplexity().compute(nll=[nll], tokens=[tokens]), "nll": nll, "held_out_tokens": tokens}
+        return {
+            "perplexity": perplexity(nll, tokens),
+            "loss": mean_loss(nll, tokens),
+            "nll": nll,
+            "held_out_tokens": tokens,
+        }
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
@@ -129,38 +142,6 @@ class PretrainTrainer(StageTrainer, Trainer):
 def _new_tokenizer(args: PretrainArguments, texts: list[str]) -> PreTrainedTokenizerBase:
     assert args.train_tokenizer is not None
     return train_tokenizer(texts, args.train_tokenizer.vocab_size)
-
-
-def mix(sources: list[Source], blocks: list[list[Block]], seed: int) -> tuple[datasets.Dataset, list[int]]:
-    """One epoch of the mixture: every block once, or drawn by the sources' weights until each was seen whole.
-
-    Returns:
-        mixture: a Dataset of blocks
-        counts: blocks of each source in it
-    """
-    tables = [datasets.Dataset.from_list([{**b, "source": i} for b in part]) for i, part in enumerate(blocks)]
-    weights = [source.weight for source in sources]
-    if all(weight is None for weight in weights):
-        mixed = datasets.concatenate_datasets(tables)
-    elif any(weight is None for weight in weights):
-        unweighted = next(s.name for s in sources if s.weight is None)
-        raise UserError(f"datasets: {unweighted!r} has no weight but others do; give all or none")
-    else:
-        total = sum(w for w in weights if w is not None)
-        shuffled = [table.shuffle(seed=seed) for table in tables]
-        mixed = datasets.interleave_datasets(
-            shuffled,
-            probabilities=[w / total for w in weights if w is not None],
-            seed=seed,
-            stopping_strategy="all_exhausted",
-        )
-    drawn = list(mixed["source"])
-    return mixed.remove_columns("source"), [drawn.count(i) for i in range(len(sources))]
-
-
-def epochs_seen(sources: list[Source], blocks: list[list[Block]], counts: list[int], passes: float) -> list[float]:
-    """How often each source's training blocks were seen: passes over the mixture times its share in it."""
-    return [round(passes * counts[i] / len(blocks[i]), 4) for i in range(len(sources))]
 
 
 def _tokens(blocks: list[Block]) -> int:

@@ -15,32 +15,35 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.algorithms.preference import ranking_loss
-from pipeline.config.arguments import RewardArguments
 from pipeline.config.functions import import_function, source_sha256
+from pipeline.config.reward import RewardArguments
+from pipeline.config.stages import SUPPORT
 from pipeline.data.arrow_storage import SpooledRecords, arrow_rows
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
 from pipeline.data.comparisons import digest, pairs_of, sift, summary
-from pipeline.data.encoding import ChatEncoder, forbidden_ids
+from pipeline.data.encoding import ChatEncoder
+from pipeline.data.mixing import mixture_indices
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources, replace_records
 from pipeline.data.splits import is_held_out, labeler_folds
 from pipeline.errors import UserError
-from pipeline.evaluation.reward_model import measure
-from pipeline.models.loading import (
-    assign_pad,
-    assign_template,
-    disable_dropout,
-    fit_embeddings,
-    load_causal_lm,
-    load_tokenizer,
-    refuse_beyond_context,
-)
+from pipeline.evaluation.reward_model import Truth, evaluate_reward_model
+from pipeline.models.loading import disable_noise, fit_embeddings, load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged, scale_adapter_head
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
-from pipeline.rollout.rollout import LocalEngine, row_uniforms
+from pipeline.models.tokenizers import (
+    add_missing_rows,
+    assign_pad,
+    assign_template,
+    forbidden_token_ids,
+    load_tokenizer,
+    stop_token_ids,
+)
+from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
 from pipeline.training.lineage import verify_parent
-from pipeline.training.stage import Run, launch, refuse_sharded
+from pipeline.training.run import Run
+from pipeline.training.stage import launch
 from pipeline.training.trainer import (
     StageTrainer,
     prepare_trainer,
@@ -61,8 +64,7 @@ logger = logging.getLogger("pipeline.reward")  # __name__ is __main__ under acce
 
 def main(run: Run[RewardArguments]) -> None:
     args = run.args
-    refuse_sharded("reward scores in whole models")
-    parent = verify_parent(args.parent, ("pretrain", "sft", "reward", "ppo"))
+    parent = verify_parent(args.parent, SUPPORT["reward"].parents)
     sources = read_sources(args.datasets, "ranking", args.data_root, spool=True)
     demonstrations = read_sources(args.center_on, "demonstration", args.data_root)
     truth = import_function(args.truth) if args.truth else None
@@ -82,20 +84,23 @@ def main(run: Run[RewardArguments]) -> None:
     set_seed(args.seed)
     model = load_scalar_model(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
-    if note := assign_template(tokenizer):
+    if note := assign_template(tokenizer, model, args.chat_template, args.output_dir):
         logger.warning("reward: %s", note)
-    if note := assign_pad(tokenizer, model):
-        logger.warning("reward: %s", note)
+    for note in (add_missing_rows(tokenizer, model), assign_pad(tokenizer, model)):
+        if note:
+            logger.warning("reward: %s", note)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if parent.stage != "reward":
         std = init_head(model, args.head_std, args.seed)
         logger.info("reward: new head, weights from N(0, %.4f²)", std)
     if args.disable_dropout:
-        disable_dropout(model)
+        disable_noise(model)
     if args.epochs > 1:
         logger.warning("reward: %.3g epochs; comparisons overfit past the first (I22)", args.epochs)
 
     encoder = ChatEncoder(tokenizer)
+    for note in encoder.notes:
+        logger.warning("reward: %s", note)
     rows, eval_rows, outsider_rows = _encode_all(encoder, sources, split, args)
     if not len(rows) or not eval_rows:
         raise UserError(
@@ -115,7 +120,7 @@ def main(run: Run[RewardArguments]) -> None:
         eval_dataset=datasets.Dataset.from_list([tensors_only(row) for row in eval_rows], features=FEATURES),
         data_collator=RankingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        peft_config=lora_config(model, args.lora, "SEQ_CLS") if args.lora else None,
+        peft_config=lora_config(model, args.lora, "SEQ_CLS", tokenizer) if args.lora else None,
     )
     trainer.tie_margin = args.tie_margin if args.ties == "margin" else 0.0
     if args.group_by_length:
@@ -135,7 +140,14 @@ def main(run: Run[RewardArguments]) -> None:
         scale = _unit_variance(final, encoder, parent.path, sources, split, args)
         offset = _demonstration_mean(final, encoder, demonstrations, args, run)
         set_offset(final, offset)
-        metrics = measure(final, tokenizer.pad_token_id, eval_rows, outsider_rows, truth, args.truth)
+        metrics = evaluate_reward_model(
+            final,
+            tokenizer.pad_token_id,
+            eval_rows,
+            outsider_rows,
+            truth=Truth(str(args.truth), truth) if truth else None,
+            tie_margin=trainer.tie_margin,
+        )
         final.config.score_temperature = metrics.get("temperature", 1.0)
         final.config.save_pretrained(args.output_dir)
         metrics |= {
@@ -310,7 +322,12 @@ def _encode_all(
     def records(part: list[tuple[int, int]]) -> Iterator[Record]:
         return (sources[number].records[position] for number, position in part)
 
-    rows = arrow_rows(map(tensors_only, encode(encoder, records(split.trained), args, "training")), FEATURES)
+    tables = []
+    for number in range(len(sources)):
+        part = [place for place in split.trained if place[0] == number]
+        tables.append(arrow_rows(map(tensors_only, encode(encoder, records(part), args, "training")), FEATURES))
+    epoch = mixture_indices([len(table) for table in tables], [source.weight for source in sources], args.seed)
+    rows = datasets.concatenate_datasets(tables).select(epoch)
     held_out = list(encode(encoder, records(split.held_out), args, "held-out"))
     return rows, held_out, list(encode(encoder, records(split.outsiders), args, "held-out labelers'"))
 
@@ -395,14 +412,24 @@ def _unit_variance(
     answering = load_causal_lm(policy).to(next(model.parameters()).device).eval()
     tokenizer = encoder.tokenizer
     fit_embeddings(answering, len(tokenizer))
-    engine = LocalEngine(
+    stop_ids = stop_token_ids(encoder, answering.generation_config)
+    settings = SamplingSettings(
         max_new_tokens=room,
-        stop_ids=[encoder.eos_id],
+        stop_ids=stop_ids,
+        forbidden_ids=forbidden_token_ids(tokenizer, answering.config.get_text_config().vocab_size, stop_ids),
         pad_id=tokenizer.pad_token_id,
-        forbidden=forbidden_ids(tokenizer, answering.config.get_text_config().vocab_size),
     )
-    answers = engine.responses(answering, ids, row_uniforms(args.seed, range(len(ids)), room))
-    std = score_ids(model, [p + a for p, a in zip(ids, answers, strict=True)], tokenizer.pad_token_id).std().item()
+    sampled = LocalEngine(settings).sample(answering, ids, per_row_uniforms(args.seed, range(len(ids)), room))
+    answers = [response.ids for response in sampled]
+    std = (
+        score_ids(
+            model,
+            [p + encoder.finished_ids(a, stop_ids) for p, a in zip(ids, answers, strict=True)],
+            tokenizer.pad_token_id,
+        )
+        .std()
+        .item()
+    )
     if not std > 0:
         raise UserError("unit_variance_samples: all answers of the parent score alike; leave the key out")
     scale_head(model, 1 / std)

@@ -8,21 +8,32 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from pipeline.config.arguments import SFTArguments
+from pipeline.config.sft import SFTArguments
+from pipeline.config.stages import SUPPORT
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import ChatEncoder
+from pipeline.data.mixing import mixture_indices
 from pipeline.data.packing import join_examples, pack_examples
 from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.splits import split_records
 from pipeline.errors import UserError
-from pipeline.evaluation.metrics import Perplexity
-from pipeline.models.loading import assign_pad, assign_template, load_causal_lm, load_tokenizer, refuse_beyond_context
+from pipeline.evaluation.language import mean_loss, perplexity
+from pipeline.models.loading import keep_router_logits_off, load_causal_lm, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged
-from pipeline.rollout.rewards import Scorer, build_scorer, identity
-from pipeline.rollout.rollout import greedy_responses
+from pipeline.models.tokenizers import (
+    add_missing_rows,
+    assign_pad,
+    assign_template,
+    load_tokenizer,
+    set_stop_tokens,
+    stop_token_ids,
+)
+from pipeline.rollout.greedy import GreedyScore
+from pipeline.rollout.rewards import ScoringSetup, build_scorer, identity
 from pipeline.training.lineage import verify_parent
-from pipeline.training.stage import Run, launch, refuse_sharded
+from pipeline.training.run import Run
+from pipeline.training.stage import launch
 from pipeline.training.trainer import (
     StageTrainer,
     measure_tokens,
@@ -42,9 +53,7 @@ Example = tuple[list[int], list[int]]
 
 def main(run: Run[SFTArguments]) -> None:
     args = run.args
-    if args.lora:
-        refuse_sharded("adapters are merged in whole models")
-    parent = verify_parent(args.parent, ("pretrain", "sft", "ppo"))
+    parent = verify_parent(args.parent, SUPPORT["sft"].parents)
     sources = read_sources(args.datasets, "demonstration", args.data_root)
     tokenizer = load_tokenizer(parent.path)
     parent.check_tokenizer(tokenizer)
@@ -59,16 +68,21 @@ def main(run: Run[SFTArguments]) -> None:
     set_seed(args.seed)
     model = load_causal_lm(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
-    if note := assign_template(tokenizer):
+    if note := assign_template(tokenizer, model, args.chat_template, args.output_dir):
         logger.warning("sft: %s", note)
-    if note := assign_pad(tokenizer, model):
-        logger.warning("sft: %s", note)
+    for note in (add_missing_rows(tokenizer, model), assign_pad(tokenizer, model)):
+        if note:
+            logger.warning("sft: %s", note)
     encoder = ChatEncoder(tokenizer)
+    for note in encoder.notes:
+        logger.warning("sft: %s", note)
+    set_stop_tokens(model, stop_token_ids(encoder, model.generation_config))
 
     splits = [split_records(source.records, args.held_out_fraction) for source in sources]
-    train_examples = mixture(
-        sources, [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)], args.seed
-    )
+    encoded = [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)]
+    demonstrations = [example for part in encoded for example in part]
+    epoch = mixture_indices([len(part) for part in encoded], [s.weight for s in sources], args.seed)
+    train_examples = [demonstrations[index] for index in epoch]
     held_out_records = [record for _, part in splits for record in part]
     held_out = [e for s, (_, part) in zip(sources, splits, strict=True) for e in encode(encoder, s, part, args)]
     if not train_examples:
@@ -94,12 +108,14 @@ def main(run: Run[SFTArguments]) -> None:
         eval_dataset=datasets.Dataset.from_list([join_examples([e]) for e in held_out]),
         data_collator=BlockCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        peft_config=lora_config(model, args.lora, "CAUSAL_LM") if args.lora else None,
+        peft_config=lora_config(model, args.lora, "CAUSAL_LM", tokenizer) if args.lora else None,
     )
     if args.score:
-        trainer.scorer = build_scorer(args.score, encoder, trainer.accelerator.device)
-        trainer.score_records = held_out_records[: args.score_prompts]
-        trainer.encoder, trainer.max_response_tokens = encoder, args.max_response_tokens
+        setup = ScoringSetup(encoder, trainer.accelerator.device, stop_token_ids(encoder, model.generation_config))
+        scorer = build_scorer(args.score, setup)
+        records = held_out_records[: args.score_prompts]
+        trainer.greedy_score = GreedyScore(encoder, scorer, records, args.max_response_tokens)
+    keep_router_logits_off(model)  # TRL asks for them in its calls
     prepare_trainer(trainer, run)
     resumed = train(trainer, run)
 
@@ -131,26 +147,18 @@ def main(run: Run[SFTArguments]) -> None:
 class DemonstrationTrainer(StageTrainer, SFTTrainer):
     """SFTTrainer on rows that are encoded and packed already, with our held-out measure."""
 
-    scorer: Scorer | None = None
-    score_records: list[Record]
-    encoder: ChatEncoder
-    max_response_tokens: int
+    greedy_score: GreedyScore | None = None
 
     def measure(self) -> dict[str, float]:
         nll, tokens, hits = measure_tokens(self, self.eval_dataset, self.eval_rows)
-        found = {**Perplexity().compute(nll=[nll], tokens=[tokens]), "token_accuracy": hits / max(tokens, 1)}
-        if self.scorer is not None:
-            found["score"] = self._score()
+        found = {
+            "perplexity": perplexity(nll, tokens),
+            "loss": mean_loss(nll, tokens),
+            "token_accuracy": hits / max(tokens, 1),
+        }
+        if self.greedy_score is not None:
+            found["score"] = self.greedy_score.measure(self.model)
         return found
-
-    def _score(self) -> float:
-        """Mean reward of greedy responses to held-out prompts: what I22 selects by, since loss overfits first (A8)."""
-        assert self.scorer is not None
-        prompts = [r["messages"][:-1] for r in self.score_records]
-        prompt_ids = [self.encoder.prompt_ids(prompt) for prompt in prompts]
-        rows = greedy_responses(self.model, self.encoder.tokenizer, prompt_ids, self.max_response_tokens)
-        asked = [record["row"] for record in self.score_records]
-        return float(self.scorer(prompts, prompt_ids, rows, asked).scores.mean())
 
 
 def encode(encoder: ChatEncoder, source: Source, records: list[Record], args: SFTArguments) -> list[Example]:
@@ -173,27 +181,6 @@ def encode(encoder: ChatEncoder, source: Source, records: list[Record], args: SF
             lines,
         )
     return examples
-
-
-def mixture(sources: list[Source], parts: list[list[Example]], seed: int) -> list[Example]:
-    """All demonstrations once, or as the sources' weights say: each source repeated whole until the shares fit."""
-    weights = [source.weight for source in sources]
-    if all(weight is None for weight in weights):
-        return [example for part in parts for example in part]
-    if any(weight is None for weight in weights):
-        raise UserError("datasets: some entries have a weight and some have none; give all or none")
-    import random
-
-    shares = [w / sum(x for x in weights if x is not None) for w in weights if w is not None]
-    total = max(len(part) / share for part, share in zip(parts, shares, strict=True) if part)
-    mixed: list[Example] = []
-    for position, (part, share) in enumerate(zip(parts, shares, strict=True)):
-        wanted = round(total * share)
-        repeats = [part[i % len(part)] for i in range(wanted - wanted % len(part))] if part else []
-        rest = random.Random(seed + position).sample(part, wanted % len(part)) if part else []
-        mixed += repeats + rest
-        logger.info("sft: %s: %d demonstrations drawn %d times in one epoch", sources[position].name, len(part), wanted)
-    return mixed
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import DatasetEntry
 from pipeline.data.encoding import document_ids
+from pipeline.data.entries import DatasetEntry
 from pipeline.data.sources import read_sources
-from pipeline.models.loading import load_tokenizer
+from pipeline.models.tokenizers import load_tokenizer
 from pipeline.pretrain import split_texts
 from pipeline.training.lineage import read_lineage
 

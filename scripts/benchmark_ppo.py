@@ -55,7 +55,7 @@ def child(args: argparse.Namespace) -> None:
     """Our side of one round, in a process of its own."""
     import torch  # isort: skip
     from pipeline import ppo
-    from pipeline.config.arguments import STAGES
+    from pipeline.config.stages import STAGES
     from pipeline.training import history
     from pipeline.training.stage import launch
 

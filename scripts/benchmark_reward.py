@@ -44,15 +44,17 @@ def parse() -> argparse.Namespace:
 def child(args: argparse.Namespace) -> None:
     """One side of one round, in a process of its own."""
     import torch  # isort: skip
-    from pipeline.config.arguments import DatasetEntry, RewardArguments
+    from pipeline.config.reward import RewardArguments
     from pipeline.data.batching import LengthGroupedSampler
     from pipeline.data.collators import RankingCollator
     from pipeline.data.encoding import ChatEncoder
+    from pipeline.data.entries import DatasetEntry
     from pipeline.data.records import PARSERS, read_jsonl
     from pipeline.data.splits import split_records
-    from pipeline.evaluation.reward_model import judge
-    from pipeline.models.loading import disable_dropout, load_tokenizer
+    from pipeline.evaluation.reward_model import score_rankings
+    from pipeline.models.loading import disable_noise
     from pipeline.models.reward_model import init_head, load_scalar_model
+    from pipeline.models.tokenizers import load_tokenizer
     from pipeline.reward import FEATURES, RankingTrainer, encode, tensors_only
 
     import datasets
@@ -76,7 +78,7 @@ def child(args: argparse.Namespace) -> None:
     model = load_scalar_model(args.parent)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     init_head(model, None, args.seed)
-    disable_dropout(model)
+    disable_noise(model)
     per_step = args.rankings_per_step if args.child == "ours" else round(args.rankings_per_step * pairs / len(rows))
     config = RewardConfig(
         output_dir=args.folder, seed=args.seed, data_seed=args.seed, per_device_train_batch_size=per_step,
@@ -101,11 +103,11 @@ def child(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    found = judge(trainer.model.eval(), tokenizer.pad_token_id, test).accuracy()
+    found = score_rankings(trainer.model.eval(), tokenizer.pad_token_id, test).accuracy()
     print(
         json.dumps(
             {"comparisons_per_second": pairs / seconds, "seconds": seconds, "pairs": pairs, "steps": trainer.state.global_step,
-             "accuracy": found["accuracy"], "ci95": found["ci95"], "held_out_pairs": found["pairs"], "threads": torch.get_num_threads()}
+             "accuracy": found.accuracy, "ci95": found.ci95, "held_out_pairs": found.pairs, "threads": torch.get_num_threads()}
         )
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }  # fmt: skip
 
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.training import history
 from pipeline.training.identity import weights_sha256
 from pipeline.training.stage import launch

@@ -15,14 +15,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import DatasetEntry, RewardArguments
+from pipeline.config.reward import RewardArguments
 from pipeline.data.collators import RankingCollator
 from pipeline.data.encoding import ChatEncoder
+from pipeline.data.entries import DatasetEntry
 from pipeline.data.records import PARSERS, read_jsonl
 from pipeline.data.splits import split_records
-from pipeline.evaluation.reward_model import judge
-from pipeline.models.loading import disable_dropout, load_tokenizer
+from pipeline.evaluation.reward_model import score_rankings
+from pipeline.models.loading import disable_noise
 from pipeline.models.reward_model import init_head, load_scalar_model
+from pipeline.models.tokenizers import load_tokenizer
 from pipeline.reward import FEATURES, RankingTrainer, encode, tensors_only
 
 import datasets
@@ -41,11 +43,11 @@ class Measure(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         model.eval()
-        judged = judge(model, self.pad_id, self.rows)
+        pairs = score_rankings(model, self.pad_id, self.rows)
         model.train()
-        losses = np.logaddexp(0.0, -judged.margin)
-        means = np.bincount(judged.group, weights=losses) / np.bincount(judged.group)
-        self.found.append({"loss": float(means.mean()), "accuracy": judged.accuracy()["accuracy"]})
+        losses = np.logaddexp(0.0, -pairs.margin)
+        means = np.bincount(pairs.ranking, weights=losses) / np.bincount(pairs.ranking)
+        self.found.append({"loss": float(means.mean()), "accuracy": pairs.accuracy().accuracy})
 
 
 def main() -> None:
@@ -90,7 +92,7 @@ def main() -> None:
             model = load_scalar_model(args.parent)
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
             init_head(model, None, seed)
-            disable_dropout(model)
+            disable_noise(model)
             measure = Measure(test, tokenizer.pad_token_id)
             with tempfile.TemporaryDirectory() as folder:
                 config = RewardConfig(

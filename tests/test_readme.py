@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.launches import ROOT, STAGES, TINY, environment
-from pipeline.config.arguments import STAGES as ARGUMENTS
-from pipeline.config.arguments import read_recipe
+from pipeline.config.reader import read_recipe
+from pipeline.config.stages import STAGES as ARGUMENTS
 
 import pytest
 import yaml
@@ -49,11 +49,11 @@ def test_links_lead_somewhere() -> None:
 def test_the_yaml_of_the_readme_is_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "sft.yaml"
     path.write_text(blocks("yaml")[0])
-    values, _ = read_recipe(path, ARGUMENTS["sft"])
+    values = read_recipe(path, ARGUMENTS["sft"])
     assert values["lora"].r == 16
     reward = tmp_path / "ppo.yaml"
     reward.write_text(blocks("yaml")[1])
-    assert [source.weight for source in read_recipe(reward, ARGUMENTS["ppo"])[0]["reward"]] == [1.0, 0.2]
+    assert [source.weight for source in read_recipe(reward, ARGUMENTS["ppo"])["reward"]] == [1.0, 0.2]
 
 
 @pytest.mark.full

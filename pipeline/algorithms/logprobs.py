@@ -5,11 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOGITS_BYTES = 256 * 2**20  # of fp32 logits alive at once
-# A CPU does a few rows after the other, so that each step over logits finds them in its cache: of this many logits, but
-# not fewer rows than keep its matrix units busy.
-CACHED_LOGITS, FEWEST_ROWS = 2**18, 128
-
 
 def tempered_logits(logits: Tensor, temperature: float, forbidden: Tensor | None) -> Tensor:
     """Logits in fp32, divided by the temperature, the lowest number at forbidden ids: the distribution that is sampled

@@ -1,4 +1,8 @@
-"""PPO's arithmetic: shaped rewards, advantages and the two clipped losses (Schulman et al. 2017; Ziegler et al. 2019)."""
+"""PPO's arithmetic: KL-penalised rewards, advantages and the two clipped losses.
+
+Schulman et al. 2017 (PPO); Schulman et al. 2016 (GAE); Ziegler et al. 2019. Tensors are flat: one entry per token, the
+sequences concatenated, with their lengths beside them.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,28 @@ from pipeline.algorithms.kl import k1
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+MAX_LOG_RATIO = 20.0  # a ratio of e^20 no longer says anything but that the run is lost; e^89 overflows fp32
 
 
-def missing_eos_scores(scores: Tensor, stopped: Tensor, mode: str, value: float) -> Tensor:
-    """Scores after the rule for responses that did not stop (A20).
+def missing_eos_scores(scores: Tensor, finished: Tensor, mode: str, value: float) -> Tensor:
+    """Scores after the rule for responses that did not end.
 
     Args:
-        scores: (batch,) of the truncated responses.
-        stopped: (batch,) bool.
-        mode: "none"; "replace" by `value` (Z19, N+); "subtract" |`value`| (TRL).
+        scores: (sequences,).
+        finished: (sequences,) bool, where a stop token was sampled.
+        mode: "none"; "replace" by `value` (Ziegler et al. 2019; Huang et al. 2024); "subtract" |`value`| (TRL).
     """
     if mode == "none":
         return scores
     fallback = torch.full_like(scores, value) if mode == "replace" else scores - abs(value)
-    return torch.where(stopped, scores, fallback)
+    return torch.where(finished, scores, fallback)
 
 
 @dataclass
 class RunningMoments:
-    """Count, mean and summed squared deviation of all scores seen (Chan et al. 1979)."""
+    """Count, mean and summed squared deviation of all scores so far (Chan et al. 1979)."""
 
     count: int = 0
     mean: float = 0.0
@@ -49,95 +56,116 @@ class RunningMoments:
         return variance**0.5 if variance > 0 else 1.0
 
 
-def value_mask_of(response_mask: Tensor, score_position: str) -> Tensor:
-    """Where rewards and values stand: the response's tokens, and for "after" the position that follows them (A23).
+def response_positions(lengths: Tensor, score_after_response: bool) -> tuple[Tensor, Tensor]:
+    """Where rewards and values stand: at each response token, and at one more position per response where the score follows it.
 
     Args:
-        response_mask: (batch, width) bool, a prefix of each row; for "after", the last column is free.
+        lengths: (sequences,) int64, tokens of each response, each ≥ 1.
+
+    Returns:
+        is_token: (value_tokens,) bool, False at the positions after the responses.
+        last: (sequences,) index of the position that gets each response's score.
     """
-    if score_position == "last":
-        return response_mask
-    after = torch.zeros_like(response_mask)
-    return response_mask | after.scatter(1, response_mask.sum(1, keepdim=True), True)
+    last = (lengths + int(score_after_response)).cumsum(0) - 1
+    is_token = torch.ones(int(last[-1]) + 1, dtype=torch.bool, device=lengths.device)
+    if score_after_response:
+        is_token[last] = False
+    return is_token, last
 
 
-def shape_rewards(
+def kl_penalized_rewards(
     scores: Tensor,
     logprobs: Tensor,
     ref_logprobs: Tensor,
-    response_mask: Tensor,
+    lengths: Tensor,
     kl_coef: float,
-    score_position: str = "last",
+    score_after_response: bool = False,
 ) -> Tensor:
-    """Per-token rewards: -kl_coef · log(π/π_ref) at every token, the score once (I22, eq. 2; Z19; A21, A23).
+    """Per-token rewards: -kl_coef · log(π/π_ref) at every token, and the score once (InstructGPT, equation 2).
+
+    The score stands at the last response token (Ziegler et al. 2019), or at the position after it, where the reward model
+    reads (Huang et al. 2024).
 
     Args:
-        scores: (batch,)
-        logprobs, ref_logprobs: (batch, width) under the policy that sampled, and the reference.
-        response_mask: (batch, width) bool, True through the stop token; a prefix of each row, never empty.
-        score_position: "last" response token (Z19), or the position "after" it (N+), which must be there.
+        scores: (sequences,).
+        logprobs, ref_logprobs: (response_tokens,) under the policy that sampled, and under the reference.
+        lengths: (sequences,) int64, response tokens of each sequence.
 
     Returns:
-        rewards: (batch, width), 0 elsewhere; each row sums to score - kl_coef · Σ k1.
+        (value_tokens,); a sequence's entries sum to score - kl_coef · Σ k1.
     """
-    penalty = -kl_coef * k1(logprobs, ref_logprobs)
-    rewards = torch.where(response_mask, penalty, torch.zeros_like(penalty))
-    position = response_mask.sum(dim=1) - int(score_position == "last")
-    return rewards.scatter_add(1, position[:, None], scores[:, None].to(rewards.dtype))
+    is_token, last = response_positions(lengths, score_after_response)
+    rewards = torch.zeros(len(is_token), dtype=logprobs.dtype)
+    rewards[is_token] = -kl_coef * k1(logprobs, ref_logprobs)
+    rewards[last] += scores.to(rewards.dtype)
+    return rewards
 
 
 def compute_gae(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
+    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation over response tokens (Schulman et al. 2016, eq. 16).
+    """Generalized advantage estimation (Schulman et al. 2016, equation 16).
 
-    Nothing is bootstrapped: the value after the last real token is 0, whether the response stopped or hit the length
-    cap. Inputs are not modified.
+    Nothing is bootstrapped: the value after a sequence's last entry is 0, whether the response ended or hit the length limit.
+    Inputs are not modified.
 
     Args:
-        rewards: (batch, response_len), KL-shaped, in reward-model units.
-        values: (batch, response_len), predicted before emitting token t; same units.
-        response_mask: (batch, response_len) bool, True through EOS; a prefix of each row.
+        rewards, values: (value_tokens,), in the reward's units; values as predicted before each token was sampled.
+        lengths: (sequences,) int64, entries of each sequence.
         gamma: discount per token, in [0, 1].
         gae_lambda: in [0, 1]; 1.0 gives Monte Carlo return minus value.
 
     Returns:
-        advantages, returns: (batch, response_len) each; unwhitened, 0 where masked.
+        advantages, returns: (value_tokens,) each; advantages are not whitened.
     """
-    zero = torch.zeros_like(values)
-    values = torch.where(response_mask, values, zero)
-    rewards = torch.where(response_mask, rewards, zero)
-    advantages = torch.zeros_like(values)
-    running = torch.zeros_like(values[:, 0])
-    next_values = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_values - values[:, t]
-        running = torch.where(response_mask[:, t], delta + gamma * gae_lambda * running, 0.0)
-        advantages[:, t] = running
-        next_values = values[:, t]
-    return advantages, torch.where(response_mask, advantages + values, zero)
+    padded_rewards, padded_values = (
+        pad_sequence(x.split(lengths.tolist()), batch_first=True) for x in (rewards, values)
+    )
+    mask = torch.arange(padded_values.shape[1])[None] < lengths[:, None]  # (sequences, longest)
+    padded_advantages = torch.zeros_like(padded_values)
+    running = next_values = torch.zeros_like(padded_values[:, 0])
+    for t in reversed(range(padded_values.shape[1])):
+        delta = padded_rewards[:, t] + gamma * next_values - padded_values[:, t]
+        running = torch.where(mask[:, t], delta + gamma * gae_lambda * running, 0.0)
+        padded_advantages[:, t] = running
+        next_values = padded_values[:, t]
+    advantages = padded_advantages[mask]
+    return advantages, advantages + values
 
 
-def policy_losses(
+def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scale `values` (n,) to variance 1, and to mean 0 unless `shift_mean` is False (Ziegler et al. 2019, code).
+
+    Statistics are those of all entries together: give the whole rollout, not one process's part.
+    """
+    mean = values.mean()
+    variance = ((values - mean) ** 2).mean()
+    white = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return white if shift_mean else white + mean
+
+
+def clipped_policy_losses(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float
 ) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate of each token (Schulman et al. 2017, eq. 7), to be minimised.
+    """Clipped surrogate of each token (Schulman et al. 2017, equation 7), to be minimised.
 
     Args:
         logprobs: new, with gradient; old_logprobs, advantages: constants; all of one shape.
 
     Returns:
-        losses: same shape; masking and averaging are the caller's.
+        losses: same shape; averaging is the caller's.
         clipped: bool, where the clipped branch is the active one (its gradient is 0).
     """
-    ratio = torch.exp(logprobs - old_logprobs)
+    ratio = torch.exp((logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO))
     unclipped = -advantages * ratio
     limited = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(unclipped, limited), limited > unclipped
 
 
-def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, value_clip_range: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error of each token, clipped around the old value (OpenAI baselines; Z19).
+def clipped_value_losses(
+    values: Tensor, old_values: Tensor, returns: Tensor, value_clip_range: float
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of each token, clipped around the old value (OpenAI baselines; Ziegler et al. 2019).
 
     Returns:
         losses: same shape as `values`, with gradient.

@@ -50,7 +50,7 @@ def check_data(
     encoder = None
     if tokenizer is not None:
         from pipeline.data.encoding import ChatEncoder
-        from pipeline.models.loading import assign_template, load_tokenizer
+        from pipeline.models.tokenizers import assign_template, load_tokenizer
 
         loaded = load_tokenizer(tokenizer)
         assign_template(loaded)

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.errors import UserError, shorten
-from pipeline.training.lineage import read_lineage
+from pipeline.training.lineage import LINEAGE, read_lineage
 
 from rich.console import Console
 from rich.table import Table
 
 # Where a run lies and how it talks are no differences of what it is.
 PLACES = ("output_dir", "parent", "reward", "run_name", "report_to", "quiet", "data_root")
-DEEPEST = 3  # levels of nested figures that are compared one by one
+DEEPEST = 3  # levels of nested metrics that are compared one by one
+EFFORT = ("seconds", "flops", "resumed_from")
+COMPARED = {
+    "stage": str, "recipe": dict, "datasets": list, "parents": list, "code": dict, "packages": dict, "hardware": dict,
+    "metrics": dict, "weights_sha256": str,
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs=2, type=os.path.expanduser, metavar="RUN", help="folder of a run, or of one stage"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    first, second = args.runs
+    if os.path.realpath(first) == os.path.realpath(second):
+        raise UserError(f"{first!r} and {second!r} are the same folder; name two runs")
+    return compare_runs(first, second, args.json)
 
 
 def compare_runs(first: str, second: str, as_json: bool = False) -> int:
@@ -47,42 +68,65 @@ def compare_runs(first: str, second: str, as_json: bool = False) -> int:
 def _lineages(folder: Path) -> dict[str, dict[str, Any]]:
     if not folder.is_dir():
         raise UserError("is no folder of a run", file=folder)
-    own = read_lineage(folder)
+    own = _checked_lineage(folder)
     if own is not None:
-        return {own["stage"]: own}
-    found = {stage: lineage for stage in STAGES if (lineage := read_lineage(folder / stage)) is not None}
-    if not found:
+        return {str(own["stage"]): own}
+    lineages = {stage: lineage for stage in STAGES if (lineage := _checked_lineage(folder / stage)) is not None}
+    if not lineages:
         raise UserError("holds no finished stage; run `rlhf run` to its end first", file=folder)
-    return found
+    return lineages
+
+
+def _checked_lineage(folder: Path) -> dict[str, Any] | None:
+    """A finished stage's lineage; None where there is none.
+
+    Raises:
+        UserError: it is no lineage.
+    """
+    lineage: Any = read_lineage(folder)
+    if lineage is None:
+        return None
+    known = lineage if isinstance(lineage, dict) else {}
+    lacking = [key for key, kind in COMPARED.items() if not isinstance(known.get(key), kind)]
+    if lacking:
+        raise UserError(f"lacks {', '.join(lacking)}, or holds something else there", file=folder / LINEAGE)
+    return known
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """What differs between two lineages of one stage, by heading: name to [first, second]."""
-    found = {
+    sections = {
         "recipe": _differ(_without_places(a["recipe"]), _without_places(b["recipe"])),
         "data": _differ(_datasets(a), _datasets(b)),
         "parents": _differ(_parents(a), _parents(b)),
         "code": _differ(a["code"], b["code"]),
         "packages": _differ(a["packages"], b["packages"]),
         "hardware": _differ(
-            _flat({**a["hardware"], "processes": a["processes"]}), _flat({**b["hardware"], "processes": b["processes"]})
+            _flat({**a["hardware"], "processes": a.get("processes")}),
+            _flat({**b["hardware"], "processes": b.get("processes")}),
         ),
         "result": _differ(_flat(a["metrics"]), _flat(b["metrics"])),
-        "effort": _differ(
-            {key: a[key] for key in ("seconds", "flops", "resumed_from")},
-            {key: b[key] for key in ("seconds", "flops", "resumed_from")},
-        ),
+        "effort": _differ({key: a.get(key) for key in EFFORT}, {key: b.get(key) for key in EFFORT}),
     }
     same = a["weights_sha256"] == b["weights_sha256"]
-    return {"same_weights": same, **{heading: rows for heading, rows in found.items() if rows}}
+    return {"same_weights": same, **{heading: rows for heading, rows in sections.items() if rows}}
 
 
 def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    return _flat({key: value for key, value in recipe.items() if key not in PLACES})
+    """The recipe without paths; of a reward, what is no path: its functions and weights."""
+    rewards = recipe.get("reward")
+    kept = {key: value for key, value in recipe.items() if key not in PLACES}
+    if isinstance(rewards, list):
+        parts = [{key: v for key, v in part.items() if key != "model"} for part in rewards if isinstance(part, dict)]
+        kept["reward"] = parts
+    return _flat(kept)
 
 
 def _datasets(lineage: dict[str, Any]) -> dict[str, Any]:
-    return {d["name"]: f"{d['rows']:,} rows, sha256 {d['sha256'][:12]}" for d in lineage["datasets"]}
+    return {
+        str(d.get("name")): f"{_show(d.get('rows'))} rows, sha256 {str(d.get('sha256'))[:12]}"
+        for d in lineage["datasets"]
+    }
 
 
 def _parents(lineage: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +175,8 @@ def _show(value: Any, against: Any = None) -> str:
     """A value, short; of numbers that are compared also the change."""
     if value is None:
         return "—"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     if isinstance(value, float):
         text = f"{value:,.4g}"
         if isinstance(against, int | float) and not isinstance(against, bool) and against:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -13,14 +14,26 @@ from pipeline.data.hashing import sha256_file
 from pipeline.data.records import PARSERS, Record, RecordError, iter_jsonl
 from pipeline.data.sources import column_map, renaming
 from pipeline.errors import UserError
-from pipeline.rollout.rewards import TextScorer
 from pipeline.training.json_files import write_json
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
 ROWS = 64  # scored and written together
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=os.path.expanduser, help="JSONL of demonstrations, comparisons or rankings")
+    parser.add_argument("--reward", required=True, metavar="DIR", help="folder or Hub id of a reward model")
+    parser.add_argument("--output", metavar="FILE", help="default: the file's name with .scored.jsonl")
+    parser.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="a column of another name")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pipeline.training.logs import quiet_libraries
+
+    quiet_libraries()
+    return score_file(args.file, args.reward, args.output, args.column)
 
 
 def score_file(file: str, reward: str, output: str | None = None, columns: Sequence[str] = ()) -> int:
@@ -39,6 +52,10 @@ def score_file(file: str, reward: str, output: str | None = None, columns: Seque
     if target.resolve() == source.resolve():
         raise UserError("--output is the input; name another file", file=target)
     kind, rows = _kind_and_rows(source, column_map(columns))
+    from pipeline.rollout.rewards import TextScorer
+
+    import torch
+
     scorer = TextScorer(reward, "cuda" if torch.cuda.is_available() else "cpu")
     done = _resume(target, {"file_sha256": sha256_file(source), "reward": scorer.identity})
     records = itertools.islice(_records(source, kind, column_map(columns)), done, None)
@@ -70,7 +87,7 @@ def _kind_and_rows(source: Path, columns: dict[str, str] | None) -> tuple[str, i
     return kind, sum(1 for _ in _records(source, kind, columns))
 
 
-def _scored(scorer: TextScorer, kind: str, records: list[Record]) -> Iterator[str]:
+def _scored(scorer: Any, kind: str, records: list[Record]) -> Iterator[str]:
     texts: list[tuple[Any, list[str]]] = [
         (r["prompt"], r["responses"]) if kind == "ranking" else (r["messages"][:-1], [r["messages"][-1]["content"]])
         for r in records

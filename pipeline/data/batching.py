@@ -12,7 +12,7 @@ def seeded_order(seed: int, count: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def endless(count: int, first: int, number: int, seed: int) -> list[int]:
+def epoch_permutation_indices(count: int, first: int, number: int, seed: int) -> list[int]:
     """Positions `first` to `first + number` of seeded permutations of `count` items end to end."""
     orders: dict[int, list[int]] = {}
     picked = []

@@ -1,88 +1,91 @@
 """Text to token ids, one function for SFT, reward training, PPO and the report.
 
-The chat template's pieces and the messages' contents are tokenised apart: control tokens come from the template only,
-and text such as `<|im_end|>` inside data stays text. Every response ends at EOS, never at a template's trailing newline.
+A dialogue is tokenised as serving does it: the chat template's whole text at once. Control tokens come from the template
+only: such text inside data stays text. A response follows the prompt that serving gives, and ends at `end_id`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.data.chat_template import (
+    ENCODER_TEMPLATE,
+    PLAIN_TEMPLATE,
+    ROLE_TEMPLATE,
+    ROLE_TOKENS,
+    ChatTemplate,
+    Message,
+    TemplateRefusal,
+)
+from pipeline.data.control_tokens import TextTokenizer, special_token_ids, turn_token_ids
+from pipeline.errors import UserError, shorten
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+__all__ = [
+    "ENCODER_TEMPLATE",
+    "IGNORE",
+    "PLAIN_TEMPLATE",
+    "ROLE_TEMPLATE",
+    "ROLE_TOKENS",
+    "ChatEncoder",
+    "Message",
+    "TemplateRefusal",
+    "document_ids",
+]
 IGNORE = -100
-
-# For tokenizers that bring none: plain text, no new tokens.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% else %}{{ 'Assistant: ' + message['content'] + eos_token + '\n\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
-ENCODER_TEMPLATE = "{{ cls_token }}" + PLAIN_TEMPLATE
-# For tokenizers that pretraining makes: one control token a turn.
-ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
-ROLE_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
 
 class ChatEncoder:
     """Encodes prompts, responses and dialogues with a tokenizer's chat template.
 
+    Attributes:
+        eos_id: the tokenizer's EOS.
+        end_id: the token that a trained answer ends with: the template's own end of turn, else EOS.
+
     Raises:
-        UserError: the tokenizer has no EOS or no template, pad = EOS, or a template that cannot be taken apart.
+        UserError: the tokenizer has no EOS or no template, or a template that cannot be taken apart.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        name = tokenizer.name_or_path
         if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {name!r} has no EOS token; responses could not end")
-        if not tokenizer.chat_template:
-            raise UserError(f"the tokenizer of {name!r} has no chat template; run SFT first, it assigns one")
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; responses could not end")
+        self.template = ChatTemplate(tokenizer)
+        self.text = TextTokenizer(tokenizer)
         self.eos_id: int = tokenizer.eos_token_id
-        probe: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        before_answer = self._pieces(("user", "assistant"), False)[1]
-        generation = self._pieces(("user",), True)[1]
-        if before_answer != generation:
-            raise UserError(
-                f"the chat template of {name!r} writes {before_answer!r} before an answer but prompts with "
-                f"{generation!r}; training and sampling would differ, give another template"
-            )
-        padded = self._render([{**probe[0], "content": " x "}], True)
-        self.strips = " x " not in padded  # some templates trim contents; then so must we
+        self.end_id = self._end_of_answer()
+        # What `decode(skip_special_tokens=True)` would still show of the template.
+        self.unreadable = special_token_ids(tokenizer) | turn_token_ids(self.template) | {self.end_id}
+        # Whether an earlier answer of a dialogue follows the header that serving prompts with.
+        self.trains_earlier = self.template.history_header == self.template.header + self.template.answer_prefix
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of plain text; control tokens inside it stay text."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return ids
+        return self.text.encode([(text, True)])[0]
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
         """A prompt up to where the response begins."""
-        pieces = self._piece_ids(tuple(m["role"] for m in prompt), True)
-        ids = list(pieces[0])
-        for message, piece in zip(prompt, pieces[1:], strict=True):
-            ids += self._content_ids(message) + piece
-        return ids
+        return self._prompt(self.template.adapt(prompt))[0]
 
     def response_ids(self, response: str) -> list[int]:
-        """A response, EOS last."""
-        return [*self._content_ids({"role": "assistant", "content": response}), self.eos_id]
+        """A response, `end_id` last."""
+        content = self.template.answer_prefix + self.template.strip("assistant", response)
+        return [*self.text.continuation(self.template.header, content), self.end_id]
+
+    def finished_ids(self, response_ids: Sequence[int], stop_ids: Iterable[int]) -> list[int]:
+        """A response that ended at any stop token, ending at `end_id`: where a reward model reads; others unchanged."""
+        ids = list(response_ids)
+        return [*ids[:-1], self.end_id] if ids and ids[-1] in set(stop_ids) else ids
 
     def texts(self, response_ids: Sequence[Sequence[int]]) -> list[str]:
         """What readers and judges see of responses: their text without control tokens."""
-        return [str(self.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in response_ids]
+        prefix = self.template.answer_prefix
+        shown = [[i for i in ids if i not in self.unreadable] for ids in response_ids]
+        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in shown]
+        return [text.removeprefix(prefix) for text in texts]
 
     def dialogue(
         self, messages: Sequence[Message], first_trained: int = 0, loss_on: str = "responses"
@@ -92,72 +95,146 @@ class ChatEncoder:
         Args:
             messages: the last one from the assistant.
             first_trained: answers from this index on are trained.
-            loss_on: "responses" (each with its EOS), or "all" tokens.
+            loss_on: "responses" (each with its end), or "all" tokens.
 
         Returns:
             input_ids, labels: of one length; labels are IGNORE where nothing is learnt.
         """
-        pieces = self._piece_ids(tuple(m["role"] for m in messages), False)
-        ids = list(pieces[0])
-        labels = [IGNORE] * len(ids)
-        last = len(messages) - 1
-        for index, (message, piece) in enumerate(zip(messages, pieces[1:], strict=True)):
-            content = self._content_ids(message)
-            trained = message["role"] == "assistant" and index >= first_trained
-            after = [self.eos_id] if index == last else piece
-            ends = trained and after[:1] == [self.eos_id]
-            ids += content + after
-            labels += content if trained else [IGNORE] * len(content)
-            labels += [self.eos_id] * ends + [IGNORE] * (len(after) - ends)
+        prompt = self.template.adapt(messages[:-1])
+        merged = len(messages) - 1 - len(prompt)  # 1 where the system message was merged
+        ids, spans = self._prompt(prompt)
+        response = self.response_ids(messages[-1]["content"])
         if loss_on == "all":
-            labels = list(ids)
-        return ids, labels
+            return ids + response, ids + response
+        labels = [IGNORE] * len(ids)
+        for index, message in enumerate(prompt):
+            if message["role"] == "assistant" and index + merged >= first_trained and self.trains_earlier:
+                start, end = spans[index]
+                labels[start:end] = ids[start:end]
+                while end < len(ids) and ids[end] not in self.text.control and self._is_space(ids[end]):
+                    end += 1  # some templates write white space before the end of an answer
+                if end < len(ids) and ids[end] in (self.end_id, self.eos_id):
+                    labels[end] = ids[end]
+        last = response if len(messages) > first_trained else [IGNORE] * len(response)
+        return ids + response, labels + last
 
-    def _content_ids(self, message: Message) -> list[int]:
-        return self.text_ids(message["content"].strip() if self.strips else message["content"])
+    def examples(
+        self, messages: Sequence[Message], first_trained: int = 0, loss_on: str = "responses"
+    ) -> list[tuple[list[int], list[int]]]:
+        """`dialogue`, as one example; or one example per trained answer where the template writes another header before
+        earlier answers than serving prompts with (reasoning templates)."""
+        if self.trains_earlier or loss_on == "all":
+            return [self.dialogue(messages, first_trained, loss_on)]
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first_trained]
+        return [self.dialogue(messages[: i + 1], i) for i in answers]
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 - an encoder lives as long as its stage
-    def _piece_ids(self, roles: tuple[str, ...], generation: bool) -> list[list[int]]:
-        return [
-            self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
-            for piece in self._pieces(roles, generation)
-        ]
+    # ------------------------------------------------------------------------------------------ inside
 
-    def _pieces(self, roles: tuple[str, ...], generation: bool) -> list[str]:
-        """The template's own text before, between and after the contents of messages of these roles."""
-        marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
-        rest = self._render([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)], generation)
-        pieces = []
-        for mark in marks:
-            before, found, rest = rest.partition(mark)
-            if not found:
-                raise UserError(
-                    f"the chat template of {self.tokenizer.name_or_path!r} drops or reorders messages of roles {roles}"
-                )
-            pieces.append(before)
-        return [*pieces, rest]
+    def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of adapted messages with the header of the next answer; for each message, (first, last + 1) of its ids."""
+        if messages:
+            pieces = self.template.pieces(tuple(m["role"] for m in messages), True)
+        else:  # a dialogue that opens with an answer
+            pieces = self.template.pieces(("assistant",), False)[:1]
+        parts = [(pieces[0], False)]
+        for message, piece in zip(messages, pieces[1:], strict=True):
+            parts += [(message["content"], True), (piece, False)]
+        ids, spans = self.text.encode(parts)
+        return ids, spans[1::2]
 
-    def _render(self, messages: list[Message], generation: bool) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except TemplateError as error:
-            roles = [m["role"] for m in messages]
-            raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path!r} refuses messages of roles {roles}: {error}"
-            ) from error
-        assert isinstance(text, str)
-        return text
+    def _end_of_answer(self) -> int:
+        """The first control token that the template writes after the last answer, unless EOS is in that row of them."""
+        leading = []
+        for token in self.text.encode([(self.template.answer_tail, False)])[0]:
+            if token in self.text.control:
+                leading.append(token)
+            elif leading or not self._is_space(token):
+                break
+        return self.eos_id if self.eos_id in leading or not leading else leading[0]
+
+    def _is_space(self, token: int) -> bool:
+        return not str(self.tokenizer.decode([token])).strip()
+
+    @functools.cached_property
+    def notes(self) -> list[str]:
+        """What a stage says at its start about this template: where training differs from serving, tried on dialogues."""
+        notes = []
+        if self.end_id != self.eos_id:
+            end = self.tokenizer.convert_ids_to_tokens(self.end_id)
+            notes.append(
+                f"answers end with {end!r}, as the chat template ends a turn (EOS is {self.tokenizer.eos_token!r})"
+            )
+        if not self.trains_earlier:
+            notes.append(
+                f"the chat template writes {self.template.history_header!r} before earlier answers but prompts with "
+                f"{self.template.header!r}; in one example only the last answer of a dialogue is trained"
+            )
+        if difference := self._serving_difference():
+            notes.append(difference)
+        return notes
+
+    def _serving_difference(self) -> str | None:
+        """One line on the first probe whose ids are not those of `apply_chat_template(tokenize=True)`, or None."""
+        for contents in PROBES:
+            for system in [True, False][self.template.merges_system :]:
+                messages = [{"role": "system", "content": "Be kind."}] if system else []
+                for index, content in enumerate(contents):
+                    messages.append({"role": "assistant" if index % 2 else "user", "content": content})
+                try:
+                    difference = self._difference(messages)
+                except TemplateRefusal:
+                    continue  # this template takes no such dialogue; a row that has one is refused
+                if difference:
+                    return difference
+        return None
+
+    def _difference(self, messages: list[Message]) -> str | None:
+        ours = self.prompt_ids(messages)
+        theirs = self._served(messages, generation=True)
+        if ours != theirs:
+            return self._shown("prompts", messages, ours, theirs)
+        answered = [*messages, {"role": "assistant", "content": "Yes, of course."}]
+        ours, theirs = self.dialogue(answered)[0], self._served(answered, generation=False)
+        if self.trains_earlier and ours[:-1] != theirs[: len(ours) - 1]:
+            return self._shown("answers", answered, ours, theirs)
+        return None
+
+    def _served(self, messages: list[Message], generation: bool) -> list[int]:
+        shown: Any = messages
+        if self.template.as_parts:
+            shown = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        ids = self.tokenizer.apply_chat_template(
+            shown, tokenize=True, add_generation_prompt=generation, return_dict=False
+        )
+        return list(ids)
+
+    def _shown(self, what: str, messages: list[Message], ours: list[int], theirs: list[int]) -> str:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        one, other = (self.tokenizer.convert_ids_to_tokens(ids[at : at + 4]) for ids in (ours, theirs))
+        return (
+            f"ids of {what} differ from apply_chat_template's: {shorten(messages[-1]['content'])} gives {one} "
+            f"in training and {other} in serving"
+        )
+
+
+# Contents of the dialogues on which ids at training and at serving are compared: user, assistant, user, …
+PROBES: tuple[tuple[str, ...], ...] = (
+    ("my kettle is broken",),
+    ("Hello, 12345 and 3.14!", "Sorry.", "And now?\n"),
+    ("  two spaces", "A line\nand another", "\n\nlines", "ok", "x"),
+    ("Straße, 日本語, 🙂\té", "…", "<b>&amp;</b>"),
+)
 
 
 def document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Documents for language modelling: a start token, the text, EOS. The start token is BOS, or EOS where there is none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; documents could not end: name one as "
+            "`eos_token` in its tokenizer_config.json"
+        )
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    encoded = TextTokenizer(tokenizer).encode_texts(texts)
     return [[start, *ids, tokenizer.eos_token_id] for ids in encoded]
-
-
-def forbidden_ids(tokenizer: PreTrainedTokenizerBase, logits_size: int) -> list[int]:
-    """Ids that must never be sampled (A2): pad, special tokens other than EOS, and rows past the vocabulary."""
-    special: set[Any] = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
-    known = set(tokenizer.get_vocab().values())
-    return sorted({i for i in special if i is not None} | (set(range(logits_size)) - known))

@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.data.cards import card_columns, split_files
+from pipeline.data.entries import DatasetEntry
 from pipeline.data.hashing import sha256_file
 from pipeline.data.records import PARSERS, Problems, Record, RecordError, iter_jsonl
 from pipeline.data.splits import split_records
@@ -21,33 +22,6 @@ from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 SINGLE_DOCUMENT_HELD_OUT = 0.05
-
-
-class Entry(Protocol):
-    """What a dataset's line in a recipe says (see `arguments.DatasetEntry`)."""
-
-    @property
-    def path(self) -> str | None: ...
-    @property
-    def hub(self) -> str | None: ...
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def subset(self) -> str | None: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def columns(self) -> dict[str, str] | None: ...
-    @property
-    def weight(self) -> float | None: ...
-    @property
-    def max_rows(self) -> int | None: ...
-    @property
-    def document_separator(self) -> str | None: ...
-    @property
-    def response_suffix(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +46,7 @@ class Source:
         }
 
 
-def read_sources(entries: Sequence[Entry], kind: str, data_root: str, spool: bool = False) -> list[Source]:
+def read_sources(entries: Sequence[DatasetEntry], kind: str, data_root: str, spool: bool = False) -> list[Source]:
     """Read and check all entries as records of `kind` (a key of `records.PARSERS`).
 
     With `spool` the records wait on disk (see `spool.spooled`), so that a file may be larger than memory.
@@ -80,7 +54,7 @@ def read_sources(entries: Sequence[Entry], kind: str, data_root: str, spool: boo
     return [read_source(entry, kind, Path(data_root), spool) for entry in entries]
 
 
-def read_source(entry: Entry, kind: str, data_root: Path, spool: bool = False) -> Source:
+def read_source(entry: DatasetEntry, kind: str, data_root: Path, spool: bool = False) -> Source:
     if (entry.path is None) == (entry.hub is None):
         raise UserError("datasets: each entry names exactly one of `path:` and `hub:`")
     if entry.hub is not None:
@@ -98,7 +72,7 @@ def read_source(entry: Entry, kind: str, data_root: Path, spool: bool = False) -
     return Source(name, records, digest_of(files), entry.weight, entry.path, single_document=single)
 
 
-def files_of(entry: Entry, path: Path) -> list[Path]:
+def files_of(entry: DatasetEntry, path: Path) -> list[Path]:
     """The files of an entry's split: of a card's folder, or the one that it names."""
     return split_files(path, entry.split, entry.subset) if path.is_dir() else [path]
 
@@ -117,7 +91,7 @@ def _gather(records: Iterator[Record], spool: bool) -> Sequence[Record]:
 
 
 def iter_file(
-    file: Path, kind: str, columns: dict[str, str] | None = None, entry: Entry | None = None
+    file: Path, kind: str, columns: dict[str, str] | None = None, entry: DatasetEntry | None = None
 ) -> Iterator[Record]:
     """The records of one file, one at a time."""
     parse = renaming(PARSERS[kind], columns)
@@ -156,7 +130,7 @@ def _read_text(file: Path, separator: str | None) -> list[Record]:
     return records
 
 
-def _read_hub(entry: Entry, kind: str, spool: bool) -> Source:
+def _read_hub(entry: DatasetEntry, kind: str, spool: bool) -> Source:
     from datasets import load_dataset
 
     assert entry.hub is not None
@@ -192,7 +166,7 @@ def _parse_rows(source: str, rows: Iterator[dict[str, Any]], parse: Any, max_row
         raise UserError(f"{source} has no rows")
 
 
-def _strip_responses(records: Iterator[Record], entry: Entry, where: str) -> Iterator[Record]:
+def _strip_responses(records: Iterator[Record], entry: DatasetEntry, where: str) -> Iterator[Record]:
     """Take `response_suffix` off the last answers: a published file's own end mark is text to us, and would be learnt.
 
     An answer that is nothing else is left out, counted and named.

@@ -31,7 +31,7 @@ def is_held_out(record: Record, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def spread(records: Iterable[Record]) -> list[Record]:
+def shuffle_by_hash(records: Iterable[Record]) -> list[Record]:
     """Records in the order of their prompts' hashes, so that the first few are drawn from all sources alike."""
     return sorted(records, key=lambda record: hashlib.sha256(split_key(record).encode()).digest())
 

@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import math
 
-from pipeline.evaluation.metric_info import metric_info
 
-import evaluate
+def perplexity(nll: float, tokens: int) -> float:
+    """exp(total negative log-likelihood / predicted tokens): every token weighs the same, whatever its batch.
 
-
-class Perplexity(evaluate.Metric):
-    """exp(total negative log-likelihood / total predicted tokens): every token weighs the same, whatever its batch."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return metric_info(
-            self,
-            "nll: summed negative log-likelihood of a text, nats; tokens: its predicted tokens",
-            nll="float64",
-            tokens="int64",
-        )
-
-    def _compute(self, nll: list[float], tokens: list[int]) -> dict[str, float]:
-        loss = math.fsum(nll) / max(sum(tokens), 1)
-        return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
+    Args:
+        nll: summed over all predicted tokens, nats.
+    """
+    return math.exp(min(mean_loss(nll, tokens), 700.0))
 
 
-class BitsPerByte(evaluate.Metric):
+def mean_loss(nll: float, tokens: int) -> float:
+    """Nats per predicted token."""
+    return nll / max(tokens, 1)
+
+
+def bits_per_byte(nll: float, num_bytes: int) -> float:
     """Total negative log-likelihood in bits over the text's UTF-8 bytes: comparable between tokenizers."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return metric_info(
-            self,
-            "nll: summed negative log-likelihood of a text, nats; num_bytes: its length in UTF-8",
-            nll="float64",
-            num_bytes="int64",
-        )
-
-    def _compute(self, nll: list[float], num_bytes: list[int]) -> dict[str, float]:
-        return {"bits_per_byte": math.fsum(nll) / math.log(2) / max(sum(num_bytes), 1)}
+    return nll / math.log(2) / max(num_bytes, 1)

@@ -1,23 +1,26 @@
-"""A language model as judge of pairs of answers: a local model, or one behind an OpenAI-compatible address.
+"""A language model as judge of pairs of answers: a local model, or one at an OpenAI-compatible address.
 
-Each pair is asked in both orders. A judge that names another answer when the order turns has no opinion: a tie. A question
-that fails is asked again, then listed; it is never a loss.
+Each pair is asked in both orders. If swapping the order changes the verdict, the pair counts as a tie. A question that
+fails is asked again, then listed; a reply without a clear verdict is a failed question. Neither is ever a loss.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
-from pipeline.evaluation.preference import bootstrap_interval, length_controlled
-from pipeline.models.loading import assign_template, load_causal_lm, load_tokenizer
+from pipeline.evaluation.preference import Interval, bootstrap_interval, length_controlled
+from pipeline.models.loading import load_causal_lm
+from pipeline.models.tokenizers import assign_template, load_tokenizer
 
 import httpx
 import numpy as np
@@ -25,7 +28,11 @@ import torch
 
 KEY = "RLHF_JUDGE_API_KEY"  # environment variables; keys are read from nowhere else and written nowhere
 KEYS = (KEY, "OPENAI_API_KEY")
-TRIES, PAUSE, TIMEOUT, AT_ONCE = 3, 2.0, 60.0, 8
+LOCAL = ("localhost", "127.0.0.1", "::1")
+TRIES, PAUSE, AT_ONCE = 3, 2.0, 8
+READ_TIMEOUT, REPLY_SECONDS, REPLY_BYTES = 60.0, 180.0, 2**20  # of one read; of a whole reply
+REPLY_TOKENS = 512
+FINAL = (301, 302, 303, 307, 308, 400, 401, 403, 404, 413, 422)  # asking again changes nothing
 QUESTION = """You compare two answers to the same request. Judge which one serves the person better: it does what was asked, is \
 correct, honest and harmless, and says no more than it needs. Length alone is no merit, nor is the order in which they stand.
 
@@ -38,7 +45,7 @@ Answer A:
 Answer B:
 {second}
 
-Which answer is better? Reply with one letter, A or B."""
+Which answer is better? Reply with one letter, A or B. If you must explain, end with a line "Verdict: A" or "Verdict: B"."""
 
 Choice = str | Exception
 """“A”, “B”, or why neither was said."""
@@ -46,17 +53,38 @@ Choice = str | Exception
 
 @dataclass(frozen=True)
 class Judge:
-    """label: its name in figures. choose: a choice for each question."""
+    """label: its name in the report. choose: a choice for each question."""
 
     label: str
     choose: Callable[[Sequence[str]], list[Choice]]
+
+
+@dataclass(frozen=True)
+class PairVerdicts:
+    """Win rate of a candidate's answers over a baseline's by a language model.
+
+    win_rate, ci95, length_controlled: as a score's win rates; None without any judged prompt.
+    ties: share of prompts whose verdict changes with the order. first_chosen: share of questions won by the answer that
+    stands first, a half if order does not matter. failed: [{"row", "why"}].
+    """
+
+    prompts: int
+    failed: list[dict[str, Any]]
+    win_rate: float | None = None
+    ci95: Interval | None = None
+    length_controlled: float | None = None
+    ties: float | None = None
+    first_chosen: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ci95": list(self.ci95) if self.ci95 else None}
 
 
 def judge_from(where: str, model: str | None = None) -> Judge:
     """A judge at an address (`http…`, which needs the model's name there) or in a folder.
 
     Raises:
-        UserError: an address without a model, an address with a key in it, no such model.
+        UserError: an address without a model, with a key in it, or to which the key would go unencrypted; no such model.
     """
     if not where.startswith(("http://", "https://")):
         return Judge(f"llm:{Path(where).name}", LocalJudge(where))
@@ -68,20 +96,45 @@ def judge_from(where: str, model: str | None = None) -> Judge:
     return Judge(f"llm:{model}", RemoteJudge(where, model))
 
 
+def _api_key(address: str) -> str | None:
+    """The key for an address, from the environment.
+
+    Raises:
+        UserError: the key is no header value, or would travel unencrypted.
+    """
+    name = next((name for name in KEYS if os.environ.get(name, "").strip()), None)
+    if name is None:
+        return None
+    key = os.environ[name].strip()
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError(f"{name} holds characters that no API key has (spaces, or letters outside ASCII); set it again")
+    parts = urlsplit(address)
+    if parts.scheme != "https" and parts.hostname not in LOCAL:
+        raise UserError(
+            f"--llm-judge: {name} is set and would go unencrypted to {parts.hostname}; use https, or unset {name}"
+        )
+    return key
+
+
 class RemoteJudge:
     """Asks a server (vLLM, llama.cpp, a company's) several questions at once.
 
-    By plain HTTP: the Hub's client refuses every address under HF_HUB_OFFLINE, a server in the same rack too.
+    By plain HTTP: the Hub's client refuses every address under HF_HUB_OFFLINE, a server in the same rack too. Redirects
+    are not followed and, on this machine, proxies not used: the key goes to the given address alone.
     """
 
     def __init__(self, address: str, model: str, pause: float = PAUSE):
         self.address = address.rstrip("/") + "/chat/completions"
-        key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        key = _api_key(address)
+        self.headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.local = urlsplit(address).hostname in LOCAL
         self.model, self.pause = model, pause
 
     def __call__(self, questions: Sequence[str]) -> list[Choice]:
-        with httpx.Client(timeout=TIMEOUT, headers=self.headers) as client:
+        client = httpx.Client(
+            timeout=READ_TIMEOUT, headers=self.headers, follow_redirects=False, trust_env=not self.local
+        )
+        with client:
             first = [self._ask(client, question) for question in questions[:1]]
             if first and isinstance(first[0], Exception):
                 return first * len(questions)  # nobody answers there: do not wait for each question in turn
@@ -89,47 +142,80 @@ class RemoteJudge:
                 return [*first, *pool.map(lambda question: self._ask(client, question), questions[1:])]
 
     def _ask(self, client: httpx.Client, question: str) -> Choice:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": 8,
-            "temperature": 0.0,
-        }
-        found: Exception = UserError("not asked")
+        failure: Exception = UserError("not asked")
         for number in range(TRIES):
             if number:
                 time.sleep(self.pause * 2 ** (number - 1))
             try:
-                reply = client.post(self.address, json=body)
-                reply.raise_for_status()
-                return choice_in(reply.json()["choices"][0]["message"]["content"] or "")
+                return choice_in(self._reply(client, question))
             except httpx.HTTPStatusError as error:
                 status = error.response.status_code
-                found = UserError(f"the server says {status}")
-                if status in (400, 401, 403, 404, 413, 422):  # asking again changes nothing
-                    return found
+                failure = UserError(f"the server says {status}")
+                if status in FINAL:
+                    return failure
             except httpx.HTTPError as error:
-                found = UserError(type(error).__name__)  # its text may hold the address
+                failure = UserError(type(error).__name__)  # its text may hold the address
             except UserError as error:
-                found = error
-            except (IndexError, KeyError, TypeError, ValueError):
-                found = UserError("the reply is no chat completion")
-        return found
+                failure = error
+            except (LookupError, TypeError, ValueError, RecursionError):
+                failure = UserError("the reply is no chat completion")
+        return failure
+
+    def _reply(self, client: httpx.Client, question: str) -> str:
+        """The text of a reply.
+
+        Raises:
+            UserError: too long, too slow, or no text.
+        """
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": REPLY_TOKENS,
+            "temperature": 0.0,
+        }
+        deadline = time.monotonic() + REPLY_SECONDS
+        received = bytearray()
+        with client.stream("POST", self.address, json=body) as response:
+            response.raise_for_status()
+            for chunk in response.iter_raw():
+                received += chunk
+                if len(received) > REPLY_BYTES:
+                    raise UserError(f"the reply is longer than {REPLY_BYTES // 2**20} MiB")
+                if time.monotonic() > deadline:
+                    raise UserError(f"the reply took longer than {REPLY_SECONDS:.0f} s")
+        content = json.loads(received)["choices"][0]["message"]["content"]
+        if content is not None and not isinstance(content, str):
+            raise UserError("the reply is no chat completion")
+        return content or ""
+
+
+_LETTER = r"[\W_]*([AB])[\W_]*"
+_VERDICTS = (
+    re.compile(rf"{_LETTER}$"),  # a line that is the letter alone
+    re.compile(
+        rf"[\W_]*(?:(?:the|my|final|better|best)\s+)*(?:verdict|answer|choice|winner)[\W_]*(?:is\b)?{_LETTER}$",
+        re.IGNORECASE,
+    ),
+    re.compile(r'.*"(?:verdict|answer|choice|winner|better)"\s*:\s*"([AB])".*$', re.IGNORECASE),
+)
 
 
 def choice_in(reply: str) -> str:
-    """The letter that a reply says: alone, or as its first word.
+    """The letter that a reply gives as its verdict: on a line of its own, as “Verdict: A” (or “Answer B”), or in JSON.
+
+    Letters inside sentences are no verdict: “A good answer is B.” might mean anything.
 
     Raises:
-        UserError: it says neither, or both.
+        UserError: it gives no verdict, or both.
     """
-    words = [word.strip(".,:;!*\"'()[]`") for word in reply.replace("\n", " ").split()]
-    named = {word for word in words if word in ("A", "B")}
-    if len(named) == 1:
-        return named.pop()
-    if words and words[0] in ("A", "B"):
-        return words[0]
-    raise UserError(f"replied {reply[:40]!r}, neither A nor B")
+    verdicts = set()
+    for line in reply.splitlines():
+        match = next((match for pattern in _VERDICTS if (match := pattern.match(line.strip()))), None)
+        if match:
+            verdicts.add(match[1].upper())
+    if len(verdicts) != 1:
+        raise UserError(f"replied {reply[:40]!r}, neither A nor B")
+    return verdicts.pop()
 
 
 class LocalJudge:
@@ -138,6 +224,8 @@ class LocalJudge:
     def __init__(self, path: str, rows: int = 8):
         self.tokenizer: Any = load_tokenizer(path)
         assign_template(self.tokenizer)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # masked, so any token does
         self.model: Any = load_causal_lm(path).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.rows = rows
@@ -145,7 +233,6 @@ class LocalJudge:
         if self.letters[0] == self.letters[1]:
             raise UserError(f"--llm-judge: {path!r} has no tokens for the letters A and B")
 
-    @torch.no_grad()
     def __call__(self, questions: Sequence[str]) -> list[Choice]:
         ids: list[list[int]] = [
             self.tokenizer.apply_chat_template(
@@ -154,58 +241,59 @@ class LocalJudge:
             for question in questions
         ]
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**30
-        found: list[Choice] = [UserError(f"{len(row)} tokens exceed the judge's context of {limit}") for row in ids]
-        order = sorted((i for i, row in enumerate(ids) if len(row) <= limit), key=lambda i: len(ids[i]))
-        for start in range(0, len(order), self.rows):
-            part = order[start : start + self.rows]
-            longest = max(len(ids[i]) for i in part)
-            padded = torch.tensor([[0] * (longest - len(ids[i])) + ids[i] for i in part], device=self.model.device)
-            mask = torch.tensor([[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in part]).to(padded.device)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = self.model(
-                input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
-            ).logits[:, -1, self.letters]
-            for i, letter in zip(part, logits.argmax(-1).tolist(), strict=True):
-                found[i] = "AB"[letter]
-        return found
+        choices: list[Choice] = [UserError(f"{len(row)} tokens exceed the judge's context of {limit}") for row in ids]
+        fitting = sorted((i for i, row in enumerate(ids) if len(row) < limit), key=lambda i: len(ids[i]))
+        for start in range(0, len(fitting), self.rows):
+            part = fitting[start : start + self.rows]
+            for i, letter in zip(part, self._letters([ids[i] for i in part]), strict=True):
+                choices[i] = letter
+        return choices
+
+    def _letters(self, rows: list[list[int]]) -> list[str]:
+        """The more likely letter after each row, by `generate` with one token that must be a letter."""
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.model.device)
+        generated = self.model.generate(
+            **batch,
+            max_new_tokens=1,
+            do_sample=False,
+            num_beams=1,
+            prefix_allowed_tokens_fn=lambda *_: self.letters,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return ["A" if token == self.letters[0] else "B" for token in generated[:, -1].tolist()]
 
 
 def compare_answers(
     judge: Judge, prompts: Sequence[str], candidate: Sequence[str], baseline: Sequence[str], longer: Sequence[int]
-) -> dict[str, Any]:
+) -> PairVerdicts:
     """Win rate of the candidate's answers over the baseline's.
 
     Args:
-        longer: tokens of the candidate's answer minus the baseline's, one a prompt.
-
-    Returns:
-        win_rate, ci95, length_controlled and prompts, as a score's win rates have them (without any judged prompt, no
-        rate); ties: share of prompts on which the orders disagree; first_chosen: share of questions that the answer
-        which stands first won (a half, were order no matter); failed: [{"row", "why"}].
+        prompts: whole dialogues as text.
+        longer: (prompts,) tokens of the candidate's answer minus the baseline's.
     """
     orders = [
         judge.choose([QUESTION.format(prompt=p, first=a, second=b) for p, a, b in zip(prompts, *answers, strict=True)])
         for answers in ((candidate, baseline), (baseline, candidate))
     ]
-    failed, wins, kept, first = [], [], [], 0
+    failed, wins, judged, first = [], [], [], 0
     for row, (forward, backward) in enumerate(zip(*orders, strict=True)):
-        wrong = next((choice for choice in (forward, backward) if isinstance(choice, Exception)), None)
-        if wrong is not None:
-            failed.append({"row": row, "why": str(wrong)})
+        failure = next((choice for choice in (forward, backward) if isinstance(choice, Exception)), None)
+        if failure is not None:
+            failed.append({"row": row, "why": str(failure)})
             continue
-        won = [forward == "A", backward == "B"]
-        wins.append(sum(won) / 2)
+        wins.append(((forward == "A") + (backward == "B")) / 2)
         first += (forward == "A") + (backward == "A")
-        kept.append(row)
-    result: dict[str, Any] = {"prompts": len(wins), "failed": failed}
+        judged.append(row)
     if not wins:
-        return result
+        return PairVerdicts(0, failed)
     scores = np.array(wins)
-    return {
-        **result,
-        "win_rate": float(scores.mean()),
-        "ci95": list(bootstrap_interval(scores)),
-        "length_controlled": length_controlled(scores, np.array([longer[row] for row in kept], float)),
-        "ties": float((scores == 0.5).mean()),
-        "first_chosen": first / (2 * len(wins)),
-    }
+    return PairVerdicts(
+        prompts=len(wins),
+        failed=failed,
+        win_rate=float(scores.mean()),
+        ci95=bootstrap_interval(scores),
+        length_controlled=length_controlled(scores, np.array([longer[row] for row in judged], float)),
+        ties=float((scores == 0.5).mean()),
+        first_chosen=first / (2 * len(wins)),
+    )

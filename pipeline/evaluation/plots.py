@@ -6,6 +6,8 @@ import base64
 import contextlib
 import csv
 import io
+import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +15,33 @@ from typing import Any
 
 from pipeline.training import history
 
-COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed")
+COLORS = ("#3b82f6", "#d97706", "#059669", "#db2777", "#8b5cf6")  # each at 3:1 or more on white and on near-black
+INK = "#010203"  # stands for the page's own text colour until the SVG is written
 CURVES = {
     "pretrain": [
-        ("Loss", "nats a token", ["loss", "eval_loss"]),
-        ("Throughput", "tokens a second", ["tokens_per_second"]),
+        ("Loss", "nats per token", ["loss", "eval_loss"]),
+        ("Throughput", "tokens per second", ["tokens_per_second"]),
     ],
     "sft": [
-        ("Loss", "nats a response token", ["loss", "eval_loss"]),
-        ("Throughput", "tokens a second", ["tokens_per_second"]),
+        ("Loss", "nats per response token", ["loss", "eval_loss"]),
+        ("Throughput", "tokens per second", ["tokens_per_second"]),
     ],
     "reward": [
-        ("Loss", "nats a pair", ["loss", "eval_loss"]),
-        ("Throughput", "tokens a second", ["tokens_per_second"]),
+        ("Loss", "nats per pair", ["loss", "eval_loss"]),
+        ("Throughput", "tokens per second", ["tokens_per_second"]),
     ],
     "ppo": [
-        ("Score", "reward-model units", ["score", "eval_score"]),
-        ("KL from the SFT model", "nats a response", ["kl", "eval_kl"]),
+        ("Reward", "mean per response, after the missing-EOS rule", ["score", "eval_score"]),
+        ("KL from the SFT model", "nats per response", ["kl", "eval_kl"]),
         ("Response length", "tokens", ["response_tokens", "eval_response_tokens"]),
-        ("Entropy", "nats a token", ["entropy"]),
+        ("Entropy", "nats per token", ["entropy"]),
         ("Clipped policy ratios", "share of tokens", ["clip_fraction"]),
         ("Value loss", "squared reward units", ["value_loss"]),
-        ("Throughput", "episodes a second", ["episodes_per_second"]),
+        ("Throughput", "episodes per second", ["episodes_per_second"]),
     ],
 }
 HELD_OUT = "eval_"
+MOST_BARS = 24  # places of a bar plot; all of them stand in its data
 Series = dict[str, list[tuple[float, float]]]
 
 
@@ -69,7 +73,7 @@ def stage_curves(folder: Path, stage: str) -> list[Plot]:
     drawn = []
     for title, unit, keys in CURVES[stage]:
         names = {key: "held out" if key.startswith(HELD_OUT) else "training" for key in keys}
-        series = {names[key]: [(row["step"], row[key]) for row in rows if key in row] for key in keys}
+        series = {names[key]: [(row["step"], row[key]) for row in rows if _is_number(row.get(key))] for key in keys}
         series = {name: points for name, points in series.items() if points}
         if series:
             x = "rollout" if stage == "ppo" else "optimizer step"
@@ -77,9 +81,13 @@ def stage_curves(folder: Path, stage: str) -> list[Plot]:
     return drawn
 
 
-def reward_plots(metrics: dict[str, Any]) -> list[Plot]:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def reward_model_plots(metrics: dict[str, Any]) -> list[Plot]:
     """What a reward model's scores mean: calibration, labelers against their own noise, length."""
-    drawn = []
+    drawn: list[Plot] = []
     if "calibration" in metrics:
         series: Series = {"perfect": [(0.5, 0.5), (1.0, 1.0)]}
         for name, when in (("before", "as trained"), ("after", "temperature scaled")):
@@ -88,11 +96,12 @@ def reward_plots(metrics: dict[str, Any]) -> list[Plot]:
         drawn.append(curve(title, "stated probability, sigmoid of the margin", "share of pairs right", series))
     by_labeler = metrics.get("accuracy_by_labeler", {})
     if len(by_labeler) > 1:
-        kept_out = set(metrics.get("kept_out_labelers", []))
-        names = {name: f"{name} (kept out)" if name in kept_out else name for name in by_labeler}
+        held_out = set(metrics.get("kept_out_labelers", []))
+        names = {name: f"{name} (held out)" if name in held_out else name for name in by_labeler}
         groups = {"reward model": {names[n]: v for n, v in by_labeler.items() if v is not None}}
         if "noise_ceiling_by_labeler" in metrics:
-            groups["what their noise allows"] = {names[n]: v for n, v in metrics["noise_ceiling_by_labeler"].items()}
+            ceilings = metrics["noise_ceiling_by_labeler"]
+            groups["what their noise allows"] = {names[n]: v for n, v in ceilings.items() if v is not None}
         drawn.append(bars("reward: Accuracy by labeler", "held-out pairs right", groups))
     by_length = metrics.get("length_bias", {}).get("accuracy_by_length_difference", {})
     for title, found in (
@@ -125,7 +134,7 @@ def curve(
                 markersize=4,
                 linewidth=1.6,
             )
-        for (x, y), text in zip(next(iter(series.values())), labels, strict=False):
+        for (x, y), text in _apart(list(zip(next(iter(series.values())), labels, strict=False))):
             axes.annotate(text, (x, y), xytext=(4, -11), textcoords="offset points", fontsize=8)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
@@ -137,9 +146,22 @@ def curve(
     return Plot(title, svg, rows)
 
 
+def _apart(labelled: list[tuple[tuple[float, float], str]]) -> list[tuple[tuple[float, float], str]]:
+    """Points and labels without those that another label would cover; the last one stays."""
+    if not labelled:
+        return []
+    reach = 0.08 * (max(x for (x, _), _ in labelled) - min(x for (x, _), _ in labelled))
+    shown = [labelled[-1]]
+    for item in labelled[-2::-1]:
+        if all(abs(item[0][0] - other[0][0]) > reach for other in shown):
+            shown.append(item)
+    return shown
+
+
 def bars(title: str, ylabel: str, groups: dict[str, dict[str, float]]) -> Plot:
-    """Bars side by side: `groups` are series, their keys the places on the axis. Shares, with even odds marked."""
-    places = list(dict.fromkeys(name for values in groups.values() for name in values))
+    """Bars side by side: `groups` are series, their keys the places on the axis. Shares in [0, 1], one half marked."""
+    places = list(dict.fromkeys(name for values in groups.values() for name in values))[:MOST_BARS]
+    labels = [shorten_label(place) for place in places]
     width = 0.8 / len(groups)
     with _figure(title) as (axes, finish):
         for number, (group, values) in enumerate(groups.items()):
@@ -147,7 +169,13 @@ def bars(title: str, ylabel: str, groups: dict[str, dict[str, float]]) -> Plot:
             heights = [values.get(place, 0.0) for place in places]
             axes.bar(at, heights, width * 0.92, label=group, color=COLORS[number])
         axes.axhline(0.5, color=COLORS[3], linewidth=1, linestyle=":")
-        axes.set_xticks(range(len(places)), places, fontsize=8.5, rotation=20 if max(map(len, places)) > 12 else 0)
+        axes.set_xticks(
+            range(len(places)),
+            labels,
+            fontsize=8.5,
+            rotation=_rotation(labels),
+            ha="right" if _rotation(labels) else "center",
+        )
         axes.set_ylabel(ylabel)
         axes.set_ylim(0, 1)
         if len(groups) > 1:
@@ -167,7 +195,7 @@ def lineage_plot(lineages: dict[str, dict[str, Any]], changed: Collection[str]) 
     title = "from data to policy"
     names = list(lineages)
     outside = {
-        parent["path"]: parent["weights_sha256"]
+        str(parent.get("path")): str(parent["weights_sha256"])
         for lineage in lineages.values()
         for parent in lineage["parents"]
         if parent.get("stage") not in lineages
@@ -199,19 +227,30 @@ def lineage_plot(lineages: dict[str, dict[str, Any]], changed: Collection[str]) 
             state = "weights changed since" if name in changed else "weights as written"
             color = COLORS[1] if name in changed else COLORS[0]
             box(name, f"{name}\n{lineage['weights_sha256'][:10]}\n{state}", i, 0.0, color)
-            read = list(dict.fromkeys(d["name"] for d in lineage["datasets"]))
+            read = list(dict.fromkeys(shorten_label(str(d["name"])) for d in lineage["datasets"]))
             box(f"data of {name}", "\n".join(read) or "no data", i, 1.1, COLORS[2])
         for i, (path, sha256) in enumerate(outside.items()):
-            box(path, f"{Path(path).name}\n{sha256[:10]}\nfrom outside", i, -1.0, COLORS[4])
+            box(path, f"{shorten_label(Path(path).name)}\n{sha256[:10]}\nfrom outside", i, -1.0, COLORS[4])
         for name, lineage in lineages.items():
             arrow(f"data of {name}", name)
             rows += [{"from": d["name"], "to": name, "sha256": d["sha256"]} for d in lineage["datasets"]]
             for parent in lineage["parents"]:
-                source = parent["stage"] if parent.get("stage") in lineages else parent["path"]
+                source = parent["stage"] if parent.get("stage") in lineages else str(parent.get("path"))
                 arrow(source, name)
                 rows.append({"from": source, "to": name, "sha256": parent["weights_sha256"]})
         svg = finish()
     return Plot(title, svg, rows)
+
+
+def _rotation(labels: Sequence[str]) -> int:
+    """Degrees that keep the labels of an axis apart."""
+    return 0 if sum(map(len, labels)) < 42 else 20 if len(labels) < 7 else 60
+
+
+def shorten_label(text: str, limit: int = 24) -> str:
+    """One line of a name from data."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 @contextlib.contextmanager
@@ -222,14 +261,19 @@ def _figure(title: str, size: tuple[float, float] = (4.6, 2.9)) -> Iterator[tupl
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": title,
         "font.size": 10,
+        "text.parse_math": False,  # a `$` in a labeler's name is a dollar
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "grid.color": INK,
+        **dict.fromkeys(ink, INK),
     }
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the letters that matplotlib's font lacks
         figure, axes = pyplot.subplots(figsize=size, layout="constrained")
         axes.set_title(title, fontsize=11)
 
@@ -237,9 +281,7 @@ def _figure(title: str, size: tuple[float, float] = (4.6, 2.9)) -> Iterator[tupl
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
             svg = buffer.getvalue()
-            # Text and axes take the page's colour, so the plot reads in light and in dark.
-            svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
-            return svg.replace("stroke: #000", "stroke: currentColor")
+            return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
         try:
             yield axes, finish

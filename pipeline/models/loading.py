@@ -3,49 +3,177 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.encoding import ENCODER_TEMPLATE, PLAIN_TEMPLATE
 from pipeline.errors import UserError
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 logger = logging.getLogger(__name__)
-PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
-    return tokenizer
+CONFIG_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    StrictDataclassError,
+    ArithmeticError,
+)
+SAMPLING_VALUES = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+# Parts of the names of rates of randomness in transformers' modules.
+NOISE = ("drop", "jitter", "router_noise")
 
 
 def load_causal_lm(path: str, quantization: str | None = None) -> PreTrainedModel:
-    """A causal LM with fp32 weights (A35), or with a frozen 4-/8-bit base."""
+    """A causal LM with fp32 weights, or with a frozen 4-/8-bit base.
+
+    Raises:
+        UserError: no such folder, a configuration that makes no model, or weights that are missing or of other shapes.
+    """
+    read_config(path)
     return _load(AutoModelForCausalLM, path, quantization)
 
 
-def _load(auto: Any, path: str, quantization: str | None, **options: Any) -> PreTrainedModel:
+def load_classifier(path: str, quantization: str | None = None) -> PreTrainedModel:
+    """A sequence classifier of one label, fp32. A language model's folder gets a new head, a classifier's must hold its own.
+
+    Raises:
+        UserError: as `load_causal_lm`; the classifier has another number of labels.
+    """
+    config = read_config(path)
+    if not any("SequenceClassification" in str(name) for name in config.architectures or []):
+        return _load(AutoModelForSequenceClassification, path, quantization, new_head=True, num_labels=1)
+    if config.num_labels != 1:
+        raise UserError(f"{path!r} has {config.num_labels} labels; a reward model has one")
+    return _load(AutoModelForSequenceClassification, path, quantization, num_labels=1)
+
+
+def read_config(path: str) -> PreTrainedConfig:
+    """A model's configuration.
+
+    Raises:
+        UserError: it is a LoRA adapter's folder, or quantised already, or transformers refuses it.
+    """
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{path!r} is a LoRA adapter without its base; merge it (merge_and_unload of peft, then save_pretrained) "
+            "and give that folder"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except CONFIG_ERRORS as error:
+        raise UserError(f"no model can be loaded from {path!r}: {one_line(error)}") from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise UserError(
+            f"{path!r} holds quantised weights ({method}), which cannot be trained or merged; give the model in full "
+            "precision, and `quantization: 4bit` or `8bit` with `lora:` where memory is short"
+        )
+    return config
+
+
+def _load(auto: Any, path: str, quantization: str | None, *, new_head: bool = False, **options: Any) -> PreTrainedModel:
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization)
     try:
-        model = auto.from_pretrained(path, dtype=torch.float32, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"no model can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
+        model, report = auto.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (*CONFIG_ERRORS, SafetensorError, RuntimeError) as error:
+        raise UserError(f"no model can be loaded from {path!r}: {one_line(error)}") from error
+    _check_weights(model, path, report, new_head)
+    keep_router_logits_off(model)
+    _mend_generation_config(model, path)
     for module in model.modules():
         # bitsandbytes' packed CPU layout rounds the scales to bf16 and breaks on widths that are no multiple of 64.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _check_weights(model: PreTrainedModel, path: str, report: dict[str, Any], new_head: bool) -> None:
+    """Weights that the folder lacks would be drawn at random in silence; only a new head may be."""
+    body = str(model.base_model_prefix) + "."
+    missing = sorted(
+        name for name in report["missing_keys"] if not new_head or (name.startswith(body) and ".pooler." not in name)
+    )
+    if missing:
+        raise UserError(
+            f"{path!r} lacks {len(missing)} of the {len(model.state_dict())} weights that its config.json asks for "
+            f"({_some(missing)}); they would be random: restore the folder or correct its config"
+        )
+    shapes = [f"{name} is {tuple(found)}, expected {tuple(asked)}" for name, found, asked in report["mismatched_keys"]]
+    if shapes:
+        raise UserError(
+            f"{path!r} has {len(shapes)} weights of other shapes than its config.json says ({_some(sorted(shapes))}); "
+            "restore the folder or correct its config"
+        )
+    unused = sorted(name for name in report["unexpected_keys"] if name.startswith(body) or not new_head)
+    if unused:
+        logger.warning("%r: %d weights are not used by its config (%s)", path, len(unused), _some(unused))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of an error of a library, for a message of one line."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def keep_router_logits_off(model: PreTrainedModel) -> None:
+    """Never leave `output_router_logits: true` in a configuration: the next stage would compute a loss that it did not ask
+    for. Whoever wants router logits asks for them in the call."""
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
+
+
+def _mend_generation_config(model: PreTrainedModel, path: str) -> None:
+    """Sampling values beside `do_sample: false`, as several published models have them, cannot be saved again."""
+    config: Any = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError:
+        pass
+    kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_length")}
+    if config.do_sample is None:  # values were given to sample with
+        config.do_sample = True
+        what = "sampling is on now"
+    else:
+        for name in SAMPLING_VALUES:
+            setattr(config, name, None)
+        what = "they are taken out"
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        model.generation_config = transformers.GenerationConfig(**kept)
+        what = "only its token ids are kept"
+    logger.warning("%r: generation_config.json has values that cannot stand together; %s", path, what)
 
 
 def quantization_config(bits: str) -> transformers.BitsAndBytesConfig:
@@ -81,9 +209,14 @@ def new_causal_lm(
     }
     try:
         config = cls(**{**ids, **sizes})
+        rows = config.get_text_config().vocab_size
+        if rows < len(tokenizer):
+            raise UserError(
+                f"model_config: vocab_size ({rows}) is less than the tokenizer's {len(tokenizer)} tokens; leave it out"
+            )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"model_config: {config_class} refuses these sizes: {error}") from error
+    except (*CONFIG_ERRORS, RuntimeError) as error:
+        raise UserError(f"model_config: {config_class} refuses these sizes: {one_line(error)}") from error
     refuse_beyond_context(config, block_tokens, "block_tokens")
     return model
 
@@ -100,19 +233,20 @@ def refuse_beyond_context(config: Any, tokens: int, key: str) -> None:
         )
 
 
-def require_pad(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Past SFT, pad must exist and differ from EOS (A1): else stopping cannot be learnt, nor the score placed."""
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(
-            f"{path!r} has no pad token apart from EOS; run SFT (or reward) from it, which assigns one and saves it"
-        )
-
-
 def fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
-    """More rows for new tokens; never fewer (some models keep spare rows)."""
-    table: Any = model.get_input_embeddings()
-    if tokens > table.weight.shape[0]:
-        model.resize_token_embeddings(tokens)
+    """More rows for new tokens, each the mean of the old ones; never fewer (some models keep spare rows)."""
+    before = [table.weight.shape[0] for table in _tables(model)]
+    if tokens <= before[0]:
+        return
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    with torch.no_grad():
+        for rows, table in zip(before, _tables(model), strict=True):
+            table.weight[rows:] = table.weight[:rows].mean(0)
+
+
+def _tables(model: PreTrainedModel) -> list[Any]:
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [table for table in tables if table is not None]
 
 
 def set_pad(model: PreTrainedModel, pad_id: int | None) -> None:
@@ -122,82 +256,18 @@ def set_pad(model: PreTrainedModel, pad_id: int | None) -> None:
         model.generation_config.pad_token_id = pad_id
 
 
-def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str | None:
-    """Give an external model a pad token apart from EOS; returns what was done, or None if it had one."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        set_pad(model, tokenizer.pad_token_id)
-        return None
-    vocabulary = tokenizer.get_vocab()
-    taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
-    existing = next((name for name in PAD_NAMES if name in vocabulary and name not in taken), None)
-    tokenizer.add_special_tokens({"pad_token": existing or "<|pad|>"})
-    fit_embeddings(model, len(tokenizer))
-    set_pad(model, tokenizer.pad_token_id)
-    kind = "an existing, unused token" if existing else "a new token"
-    return f"pad was missing or equal to EOS; {tokenizer.pad_token!r} ({kind}, id {tokenizer.pad_token_id}) is pad now"
-
-
-def assign_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Give an external tokenizer what it lacks to hold a dialogue; returns what was done, or None.
-
-    An encoder's reads its first token and ends at its separator; a decoder's is plain text.
-    """
-    if tokenizer.chat_template:
-        return None
-    if tokenizer.cls_token is not None and tokenizer.sep_token is not None:
-        if tokenizer.eos_token is None:
-            tokenizer.eos_token = tokenizer.sep_token
-        tokenizer.chat_template = ENCODER_TEMPLATE
-    else:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    return "the parent has no chat template; a plain one was assigned and is saved"
-
-
-def resolve_precision(precision: str) -> bool:
-    """Whether to autocast to bf16; `auto` asks the hardware."""
-    if precision != "auto":
-        return precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) is not None
-
-
-def hold_in_bf16(model: torch.nn.Module) -> None:
-    """Weights of a frozen model's linear layers in bf16: half the memory. For use under bf16 autocast alone, which casts
-    them at each pass, so the results are the same to the bit. A head tied to the embedding stays as it is."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    for module in model.modules():
-        if _is_linear(module) and id(module.weight) not in tables:
-            module.to(torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dtype != torch.bfloat16:  # a view of the file's mapping, which would keep all of it in memory
-            parameter.data = parameter.data.clone()
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, torch.nn.Linear | Conv1D) or "Linear" in type(module).__name__
-
-
-def linear_module_names(
-    model: PreTrainedModel, leave_out: Iterable[str] = ("lm_head", "score", "classifier", "embed_out")
-) -> list[str]:
-    """Last name parts of a model's linear layers, without its heads: LoRA's default targets."""
-    names = {name.split(".")[-1] for name, module in model.named_modules() if _is_linear(module)}
-    return sorted(names - set(leave_out))
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """No dropout in training mode either (A16): modules, and attention's own rates, which are plain attributes."""
+def disable_noise(model: torch.nn.Module) -> None:
+    """Nothing random in training mode either: dropout modules, rates that are plain attributes, the jitter of routers."""
     from trl.trainer import disable_dropout_in_model
 
     disable_dropout_in_model(model)
     for module in model.modules():
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if isinstance(value, float) and any(word in name for word in NOISE):
                 setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        for name in code.co_names if code is not None and config is not None else ():
+            # Some layers (Falcon's) read a rate from the configuration at each pass.
+            if any(word in name for word in NOISE) and isinstance(getattr(config, name, None), float):
+                setattr(config, name, 0.0)

@@ -5,24 +5,107 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.models.loading import fit_embeddings, linear_module_names, set_pad
+from pipeline.errors import UserError
+from pipeline.models.loading import fit_embeddings, keep_router_logits_off, read_config, set_pad
+from pipeline.models.precision import is_linear
 
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ALL_LINEAR = "all-linear"  # peft's own word for the default
+# Layers whose weights these models read without calling them: peft refuses them, and would train nothing.
+UNCALLED = {model: {"out_proj", "conv1d"} for model in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")}
 
-def lora_config(model: PreTrainedModel, options: Any, task_type: str) -> LoraConfig:
-    """peft's LoRA configuration from the recipe's `lora:`; a reward model trains its head whole."""
-    return LoraConfig(
+
+def lora_config(
+    model: PreTrainedModel, options: Any, task_type: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LoraConfig:
+    """peft's LoRA configuration from the recipe's `lora:`; a reward model trains its head whole.
+
+    Args:
+        tokenizer: tokens of it that the base's folder has no rows for are trained as rows of their own; pad is not.
+
+    Raises:
+        UserError: a target that the model does not have, or that is tied to another table.
+    """
+    targets = [name for name in options.target_modules or [] if name != ALL_LINEAR]
+    _check_targets(model, targets)
+    config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
-        target_modules=options.target_modules or linear_module_names(model),
-        modules_to_save=["classifier" if hasattr(model, "classifier") else "score"] if task_type == "SEQ_CLS" else None,
+        target_modules=targets or linear_module_names(model),
+        modules_to_save=_new_modules(model) if task_type == "SEQ_CLS" else None,
         task_type=task_type,
     )
+    if tokenizer is not None and (rows := _new_rows(model, tokenizer)):
+        head = model.get_output_embeddings()
+        tables = [model.get_input_embeddings(), *([] if head is None or _is_tied(model) else [head])]
+        names = {name: rows for name, module in model.named_modules() if any(module is table for table in tables)}
+        config.trainable_token_indices = names
+    return config
+
+
+def linear_module_names(model: PreTrainedModel) -> list[str]:
+    """LoRA's default targets: the model's linear layers by type, without its heads.
+
+    Returns:
+        the last part of their names where it names linear layers alone, else whole names.
+    """
+    uncalled, output = UNCALLED.get(model.config.model_type, set()), model.get_output_embeddings()
+    heads = [
+        name for name, child in model.named_children() if child is not getattr(model, model.base_model_prefix, child)
+    ]
+    modules = dict(model.named_modules())
+    names = [
+        name
+        for name, module in modules.items()
+        if is_linear(module) and module is not output and name.split(".")[0] not in heads
+    ]
+    ambiguous = {name.split(".")[-1] for name in modules.keys() - set(names)}
+    targets = {name if (part := name.split(".")[-1]) in ambiguous or part.isdigit() else part for name in names}
+    return sorted(name for name in targets if name.split(".")[-1] not in uncalled)
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    layers = {n: m for n, m in model.named_modules() if is_linear(m) or isinstance(m, torch.nn.Embedding)}
+    for target in targets:
+        hit = [module for name, module in layers.items() if name == target or name.endswith("." + target)]
+        if not hit:
+            raise UserError(
+                f"lora: target_modules: {type(model).__name__} has no linear layer {target!r}; it has "
+                f"{', '.join(linear_module_names(model)[:12])}; leave target_modules out for all of them"
+            )
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        if _is_tied(model) and any(module is table for module in hit for table in tables):
+            raise UserError(
+                f"lora: target_modules: {target!r} is tied in this model (embedding and head are one table), and an adapter "
+                "on one would change both when merged; leave it out"
+            )
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    one, other = model.get_input_embeddings(), model.get_output_embeddings()
+    return other is not None and one.weight is other.weight
+
+
+def _new_modules(model: PreTrainedModel) -> list[str]:
+    """What a classifier has beyond its body, and an encoder's pooler, which a language model's folder lacks."""
+    body = getattr(model, model.base_model_prefix)
+    new = [name for name, m in model.named_children() if m is not body and any(True for _ in m.parameters())]
+    pooled = [
+        name
+        for name, m in body.named_children()
+        if name == "pooler" and m is not None and any(True for _ in m.parameters())
+    ]
+    return sorted({*new, *pooled})
+
+
+def _new_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    base = read_config(str(model.name_or_path)).get_text_config().vocab_size
+    return sorted(i for i in tokenizer.get_vocab().values() if i >= base and i != tokenizer.pad_token_id)
 
 
 def read_adapter(path: str) -> tuple[LoraConfig, dict[str, torch.Tensor], torch.Tensor] | None:
@@ -64,10 +147,16 @@ def save_merged(trained: PeftModel, base: PreTrainedModel, tokenizer: PreTrained
         trained: the trained adapter on its (possibly 4-/8-bit) base.
         base: the same base, freshly loaded in fp32: quantised weights would merge with their rounding.
     """
-    fit_embeddings(base, len(tokenizer))  # the run may have added a pad token
+    fit_embeddings(base, trained.config.get_text_config().vocab_size)  # the run may have added tokens
     set_pad(base, tokenizer.pad_token_id)
-    trained.save_pretrained(str(folder / "adapter"))
+    # Never the embedding, which peft would save whole where pad was added: new rows are the adapter's own.
+    trained.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    tokenizer.save_pretrained(folder / "adapter")
     with torch.no_grad():
         merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    if getattr(base, "generation_config", None) is not None:
+        whole: Any = base
+        whole.generation_config = trained.get_base_model().generation_config
+    keep_router_logits_off(merged)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,48 +1,45 @@
-"""Reward and value models: a sequence classifier of one label, whose score is centred by an offset in its config.
+"""Reward and value models: sequence classifiers of one label, whose scores are centred by an offset in the config.
 
 A bias on the head would be dropped at reload (transformers' heads have none), so `config.score_offset` holds what is
-subtracted from the raw logit; our scorer and the value model both do so.
+subtracted from the raw logit; scoring and the value model both do so.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
 from pipeline.data.batching import microbatches
 from pipeline.data.collators import right_pad
 from pipeline.errors import UserError
-from pipeline.models.loading import _load
-from pipeline.models.packed import Batch, hidden_states, is_prepared, lay_out, worth_on
+from pipeline.models.loading import load_classifier, read_config
+from pipeline.models.packed import SequenceBatch, hidden_states, is_packed, pack
+from pipeline.models.sizes import SCORING_TOKENS, attention_savings_worth_a_group
 
 import torch
-from accelerate.utils import send_to_device
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 OFFSET = "score_offset"
 
 
 def load_scalar_model(path: str, quantization: str | None = None) -> PreTrainedModel:
     """A sequence classifier with one label, fp32; a causal LM's folder gets a new head."""
-    import logging
-
     # Loading a causal LM as a classifier reports the unused LM head and the new score head; both are the point here.
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        model = _load(AutoModelForSequenceClassification, path, quantization, num_labels=1)
+        return load_classifier(path, quantization)
     finally:
         logger.setLevel(level)
-    return model
 
 
 def refuse_other_heads(path: str) -> None:
     """A reward model has exactly one label."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     architectures = config.architectures or []
     if not any("SequenceClassification" in name for name in architectures):
         raise UserError(f"{path!r} is no reward model (its architecture is {', '.join(architectures) or 'unknown'})")
@@ -79,31 +76,46 @@ def set_offset(model: nn.Module, offset: float) -> None:
     setattr(model.config, OFFSET, offset)
 
 
+def apply_head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Raw scores of hidden states (…, width), computed in fp32: bf16 has eight bits, too few beside a large offset.
+
+    Returns:
+        (…,) fp32, the offset still in them.
+    """
+    head = scalar_head(model)
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.to(torch.promote_types(head.bias.dtype, torch.float32))
+        dtype = torch.promote_types(head.weight.dtype, torch.float32)
+        return F.linear(hidden.to(dtype), head.weight.to(dtype), bias)[..., 0]
+
+
 @torch.no_grad()
-def score_ids(model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int, tokens_per_batch: int = 16384) -> Tensor:
-    """Centred scores of token rows, read at each row's last token; rows lie end to end if the model is prepared for that
-    (see `packed.prepare`).
+def score_ids(
+    model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, tokens_per_batch: int = SCORING_TOKENS
+) -> Tensor:
+    """Centred scores of token sequences, each read at its last token; packed if the model takes packed sequences.
 
     Args:
-        rows: token ids, prompt and response, EOS last where the response stopped.
+        sequences: token ids, prompt and response, the end token last where the response ended.
         tokens_per_batch: tokens of one forward pass.
 
     Returns:
-        (rows,) fp32 on the CPU.
+        (sequences,) fp32 on the CPU.
     """
-    scores = torch.empty(len(rows))
+    scores = torch.empty(len(sequences))
     device = next(model.parameters()).device
-    lengths = [len(row) for row in rows]
-    for picked in microbatches(lengths, range(len(rows)), tokens_per_batch):
-        ends = torch.tensor([lengths[i] for i in picked], device=device)
-        if is_prepared(model):
-            batch = send_to_device(lay_out([rows[i] for i in picked], pad_id, True, worth_on(device)), device)
+    lengths = [len(ids) for ids in sequences]
+    for rows in microbatches(lengths, range(len(sequences)), tokens_per_batch):
+        ends = torch.tensor([lengths[i] for i in rows], device=device)
+        if is_packed(model):
+            saving = attention_savings_worth_a_group(device.type)
+            batch = pack([sequences[i] for i in rows], pad_id, saving).to(device)
             hidden = hidden_states(getattr(model, str(model.base_model_prefix)), batch)
-            found = scalar_head(model)(hidden[batch["starts"] + ends - 1])[:, 0]
+            raw = apply_head(model, hidden[batch.starts + ends - 1])
         else:
-            input_ids = right_pad([rows[i] for i in picked], pad_id).to(device)
-            found = forward_scores(model, input_ids, torch.arange(input_ids.shape[1], device=device) < ends[:, None])
-        scores[picked] = found.float().cpu() - score_offset(model)
+            input_ids = right_pad([sequences[i] for i in rows], pad_id).to(device)
+            raw = scores_at(model, input_ids, torch.arange(input_ids.shape[1], device=device) < ends[:, None])
+        scores[rows] = raw.float().cpu() - score_offset(model)
     return scores
 
 
@@ -127,14 +139,16 @@ def no_cache(model: nn.Module) -> dict[str, bool]:
 
 
 def scores_at(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """The same, read at the mask's last token whatever stands behind it (`forward_scores` looks for the last token that is
-    no pad, as transformers' classifiers do)."""
-    if not hasattr(model, "score"):  # an encoder reads its first token, and sees the mask's alone
+    """Raw scores read at the mask's last token, whatever stands behind it.
+
+    `forward_scores` reads at the last token that is not pad, as transformers' classifiers do.
+    """
+    if not hasattr(model, "score"):  # an encoder reads its first token, and attends to the mask's tokens alone
         return forward_scores(model, input_ids, mask)
-    trunk = getattr(model, str(model.base_model_prefix))
-    hidden = trunk(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    backbone = getattr(model, str(model.base_model_prefix))
+    hidden = backbone(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
     last = mask.sum(1) - 1
-    return scalar_head(model)(hidden[torch.arange(len(last), device=last.device), last])[:, 0]
+    return apply_head(model, hidden[torch.arange(len(last), device=last.device), last])
 
 
 def scale_head(model: nn.Module, factor: float) -> None:
@@ -154,14 +168,7 @@ class ValueModel(nn.Module):
         self.model = model
         self.offset = score_offset(model)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Values at chosen positions.
-
-        Args:
-            batch: of `packed.lay_out`, and positions: (rows, n) int64, places in the flattened input.
-
-        Returns:
-            (rows, n) fp32
-        """
+    def forward(self, batch: SequenceBatch, positions: Tensor) -> Tensor:
+        """Values at `positions`, (n,) int64 indices into the flattened input; returns (n,) fp32."""
         hidden = hidden_states(getattr(self.model, self.model.base_model_prefix), batch)
-        return scalar_head(self.model)(hidden[batch["positions"]])[..., 0].float() - self.offset
+        return apply_head(self.model, hidden[positions]) - self.offset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.data.encoding import ROLE_TEMPLATE, ROLE_TOKENS
+from pipeline.data.chat_template import ROLE_TEMPLATE, ROLE_TOKENS
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

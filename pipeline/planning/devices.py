@@ -26,6 +26,11 @@ class Device:
     usd_per_hour: float
     bf16: bool = True
 
+    def __post_init__(self) -> None:
+        numbers = (self.memory_gib, self.tflops, self.watts, self.usd_per_hour)
+        if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
+            raise ValueError(f"{self.name}: its numbers must be 0 or more")
+
 
 def devices(extra: str | None = None) -> dict[str, Device]:
     """The table that ships, with a user's entries over it.
@@ -33,15 +38,15 @@ def devices(extra: str | None = None) -> dict[str, Device]:
     Raises:
         UserError: the user's file is no such table.
     """
-    found: dict[str, Device] = {}
+    table: dict[str, Device] = {}
     for file in [Path(__file__).with_name("devices.yaml"), *([Path(extra)] if extra else [])]:
         try:
             entries: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-            found |= {str(name).lower(): Device(str(name).lower(), **values) for name, values in entries.items()}
-        except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+            table |= {str(name).lower(): Device(str(name).lower(), **values) for name, values in entries.items()}
+        except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError) as error:
             keys = ", ".join(f.name for f in dataclasses.fields(Device)[1:])
             raise UserError(f"is no table of devices (name: {{{keys}}}): {error}", file=file) from error
-    return found
+    return table
 
 
 def device_called(name: str, known: Mapping[str, Device]) -> Device | None:
@@ -59,16 +64,16 @@ def energy(lineages: dict[str, dict[str, Any]], watts: float | None) -> dict[str
     Args:
         watts: of one device; without it that of `devices.yaml`, where the device is known.
     """
-    found: dict[str, Any] = {"kwh": {}, "watts": {}, "unknown": []}
+    result: dict[str, Any] = {"kwh": {}, "watts": {}, "unknown": []}
     table = devices()
     for stage, lineage in lineages.items():
         gpus = lineage["hardware"].get("gpus") or []
         known = device_called(gpus[0], table) if gpus else None
         power = watts if watts is not None else known.watts if known else None
         if power is None:
-            found["unknown"].append(stage)
+            result["unknown"].append(stage)
             continue
         used = lineage["processes"] if gpus else 1  # a device a process; on CPUs `watts` is the machine's
-        found["watts"][stage] = power * used
-        found["kwh"][stage] = lineage["seconds"] / 3600 * power * used / 1000
-    return found
+        result["watts"][stage] = power * used
+        result["kwh"][stage] = lineage["seconds"] / 3600 * power * used / 1000
+    return result

@@ -16,15 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.algorithms.logprobs import LOGITS_BYTES
-from pipeline.config import arguments
-from pipeline.config.arguments import KINDS, STAGES, RewardSource, recipe_stages
+from pipeline.config.reader import load
+from pipeline.config.rewards import RewardSource
+from pipeline.config.stages import STAGES, SUPPORT, recipe_stages
+from pipeline.config.trainer import LoraOptions
 from pipeline.data.encoding import ChatEncoder, document_ids
 from pipeline.data.sources import read_sources
-from pipeline.data.splits import spread
+from pipeline.data.splits import shuffle_by_hash
 from pipeline.errors import UserError
-from pipeline.models.loading import assign_template, load_tokenizer
+from pipeline.models.sizes import LOGITS_BYTES
 from pipeline.models.tokenizer_training import train_tokenizer
+from pipeline.models.tokenizers import assign_template, load_tokenizer
 from pipeline.planning.devices import Device, devices
 from pipeline.planning.sizing import (
     Parameters,
@@ -34,7 +36,7 @@ from pipeline.planning.sizing import (
     parameters,
     step_memory,
 )
-from pipeline.training.stage import accelerate_config
+from pipeline.training.launcher import accelerate_config
 
 import transformers
 from rich.console import Console
@@ -96,7 +98,7 @@ def plan_recipe(args: argparse.Namespace) -> int:
             flags += ["--data_root", args.data_root]
         if args.parent and position == 0:
             flags += ["--parent", args.parent]
-        recipe: Any = arguments.load(STAGES[name], flags)
+        recipe: Any = load(STAGES[name], flags)
         model = _model(name, recipe, made, args)
         made[os.path.normpath(recipe.output_dir)] = model
         stages[name] = _plan_stage(name, recipe, model, made, setting, args)
@@ -187,7 +189,7 @@ def _data(name: str, recipe: Any, model: Model) -> Data:
     """Rows of the datasets, and the mean tokens of a sample of them."""
     limit = {"pretrain": "block_tokens", "ppo": "max_prompt_tokens"}.get(name, "max_tokens")
     try:
-        sources = read_sources(recipe.datasets, KINDS[name], recipe.data_root)
+        sources = read_sources(recipe.datasets, SUPPORT[name].rows, recipe.data_root)
     except UserError as error:
         if name != "ppo" and recipe.max_steps is None:
             raise UserError(f"{name}: {error}; or say `max_steps:` to plan without data") from error
@@ -225,7 +227,7 @@ def _data(name: str, recipe: Any, model: Model) -> Data:
 
 def _some(records: list[Any]) -> list[Any]:
     """A sample that hashes choose."""
-    return spread(records[:: max(1, len(records) // (4 * SAMPLE))])[:SAMPLE]
+    return shuffle_by_hash(records[:: max(1, len(records) // (4 * SAMPLE))])[:SAMPLE]
 
 
 def _mean(values: list[Any]) -> float:
@@ -353,7 +355,7 @@ def _ppo_memory(
     """(bytes by part, largest micro_batch_tokens that fits)."""
     n, v = model.size.total, value.size.total
 
-    def frozen(held: Model) -> float:  # `loading.hold_in_bf16`
+    def frozen(held: Model) -> float:  # `precision.cast_frozen_linears_to_bf16`
         return 4.0 * held.size.total - (2.0 * held.size.linear if setting.device.bf16 else 0.0)
 
     parts: dict[str, float] = {}
@@ -489,7 +491,7 @@ def _advice(
 ) -> list[str]:
     """What the stage offers to need less, each with what it would then need; the switches of one stage add up."""
     found = [f"needs {needed / GIB:,.1f} GiB of {room / GIB:,.1f} GiB that {setting.device.name} leaves (95 %)"]
-    lora = arguments.LoraOptions()
+    lora = LoraOptions()
     tries: list[tuple[str, dict[str, Any], str | None]] = []
     if name == "ppo":
         tries.append(

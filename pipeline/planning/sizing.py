@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.models.loading import linear_module_names
+from pipeline.models.lora import linear_module_names
 
 import torch
 import torch.nn.functional as F

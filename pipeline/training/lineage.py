@@ -24,6 +24,7 @@ from pipeline.training.identity import (
     tokenizer_hashes,
 )
 from pipeline.training.json_files import NotAnObject, read_json_object
+from pipeline.training.parent_names import check_no_adapter, is_hub_id
 
 LINEAGE = "lineage.json"
 COMPLETE = "complete"
@@ -144,7 +145,7 @@ def verify_parent(path: str, stages: tuple[str, ...]) -> Parent:
     if folder.is_file():
         raise UserError(f"parent {path!r} is a file; name the model's folder")
     if not folder.exists():
-        if "/" in path and not path.startswith((".", "/")) and path.count("/") == 1 and not path.startswith("runs/"):
+        if is_hub_id(path):
             return _hub_parent(path)
         raise UserError(f"parent {path!r} does not exist; run the stage that writes it first, or correct `parent:`")
     if checkpoint_folders(folder):
@@ -192,6 +193,7 @@ def _base_model(lineage: Mapping[str, Any]) -> str | None:
 
 
 def _external_parent(folder: Path, path: str) -> Parent:
+    check_no_adapter(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"parent {path!r} has no config.json and no {LINEAGE}: it is no model folder")
     cached = HUB_CACHE.search(f"{folder.resolve()}/")

@@ -20,11 +20,11 @@ from pipeline.training.checkpoints import MANIFEST, Manifest, checkpoint_folders
 from pipeline.training.identity import differences, model_identity, recipe_identity, run_fingerprint, without_secrets
 from pipeline.training.json_files import NotAnObject, read_json_object, write_json
 from pipeline.training.lineage import COMPLETE, LINEAGE, code_version, hardware, package_versions, read_lineage
+from pipeline.training.lock import LOCK
 
 logger = logging.getLogger("pipeline")
 METRICS = "metrics.json"
 RESUMES = "resumes.json"  # the steps at which the run was resumed
-LOCK = ".lock"
 WRITTEN = (METRICS, LINEAGE, RESUMES, history.HISTORY, "README.md")
 
 

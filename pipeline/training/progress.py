@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.training.stage import Run
+from pipeline.training.run import Run
 
 from tqdm.auto import tqdm
 

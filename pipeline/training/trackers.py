@@ -34,15 +34,22 @@ def wandb_login() -> bool:
     return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
 
 
+def check_installed(trackers: Sequence[str]) -> None:
+    """Raises:
+    UserError: a tracker is not installed.
+    """
+    for tracker in trackers:
+        if not installed(tracker):
+            raise UserError(f"report_to: {tracker} is not installed; pip install {tracker}, or say `report_to: [none]`")
+
+
 def set_up(trackers: Sequence[str], folder: Path, rank: int) -> None:
     """Before a stage starts.
 
     Raises:
         UserError: a tracker is not installed.
     """
-    for tracker in trackers:
-        if not installed(tracker):
-            raise UserError(f"report_to: {tracker} is not installed; pip install {tracker}, or say `report_to: [none]`")
+    check_installed(trackers)
     if "trackio" in trackers:
         os.environ.setdefault("TRACKIO_PROJECT", PROJECT)
     if "wandb" not in trackers:

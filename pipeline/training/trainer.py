@@ -14,17 +14,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import TrainerArguments
+from pipeline.config.trainer import TrainerArguments
 from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
-from pipeline.models.loading import resolve_precision
+from pipeline.models.precision import accelerator_type, device_plan
 from pipeline.models.token_nll import token_nll
 from pipeline.training import checkpoints, history
 from pipeline.training.checkpoints import Manifest
-from pipeline.training.identity import SECRET_KEY
 from pipeline.training.json_files import NotAnObject, read_json_object, write_json
 from pipeline.training.progress import Progress
-from pipeline.training.stage import Run
+from pipeline.training.run import Run
 
 import torch
 from torch.utils.data import DataLoader
@@ -69,10 +68,6 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
     options = dict(args.trainer_options or {})
     fields = {field.name for field in dataclasses.fields(cls)}
     for name in options:
-        if SECRET_KEY.search(name):
-            raise UserError(
-                f"trainer_options: {name!r} would be stored with the run; log in with `hf auth login` instead"
-            )
         if name not in fields:
             raise UserError(f"trainer_options: {name!r} is no field of {cls.__name__}; drop it")
         if name in SET_BY_THE_STAGE:
@@ -95,7 +90,7 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
         adam_beta2=args.adam_beta2,
         max_grad_norm=args.max_grad_norm,
         optim="adamw_8bit" if args.optimizer == "adamw_8bit" else "adamw_torch",
-        bf16=resolve_precision(args.precision),
+        bf16=device_plan(accelerator_type(), args.precision).bf16,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=args.logging_steps,
         save_strategy="steps",
@@ -200,7 +195,7 @@ class StageCallback(TrainerCallback):
     def _raise_diverged(self, what: str, step: int) -> None:
         steps = f"steps {self.last_logged + 1} to {step}" if step > self.last_logged + 1 else f"step {step}"
         raise UserError(
-            f"{self.run.name}: {what} in {steps}: training diverged, and earlier checkpoints are as they were; lower "
+            f"{what} in {steps}: training diverged, and earlier checkpoints are as they were; lower "
             "learning_rate, raise warmup_steps or set `precision: fp32`, and start in a new output_dir"
         )
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 
 from pipeline.algorithms.kl import k1, k3
-from pipeline.algorithms.ppo import compute_gae, missing_eos_scores, policy_losses, shape_rewards, value_losses
+from pipeline.algorithms.ppo import (
+    RunningMoments,
+    clipped_policy_losses,
+    clipped_value_losses,
+    compute_gae,
+    kl_penalized_rewards,
+    missing_eos_scores,
+    response_positions,
+    whiten,
+)
 
 import pytest
 import torch
@@ -13,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-def batch(lengths: list[int], width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def ragged(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random rewards and values (tokens,), and lengths (sequences,)."""
     generator = torch.Generator().manual_seed(seed)
-    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
-    rewards, values = (torch.randn(len(lengths), width, generator=generator, dtype=torch.float64) for _ in range(2))
-    return rewards, values, mask
+    rewards, values = (torch.randn(sum(lengths), generator=generator, dtype=torch.float64) for _ in range(2))
+    return rewards, values, torch.tensor(lengths)
 
 
 def slow_advantages(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
@@ -28,54 +37,88 @@ def slow_advantages(rewards: list[float], values: list[float], gamma: float, lam
 
 
 def test_gae_of_three_tokens_by_hand() -> None:
-    rewards = torch.tensor([[0.0, 0.0, 1.0]])
-    values = torch.tensor([[0.5, 0.25, 0.5]])
-    advantages, returns = compute_gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), 1.0, 0.5)
+    rewards = torch.tensor([0.0, 0.0, 1.0])
+    values = torch.tensor([0.5, 0.25, 0.5])
+    advantages, returns = compute_gae(rewards, values, torch.tensor([3]), 1.0, 0.5)
     # δ = (-0.25, 0.25, 0.5); A2 = 0.5, A1 = 0.25 + 0.25, A0 = -0.25 + 0.25
-    assert advantages.tolist() == [[0.0, 0.5, 0.5]]
-    assert returns.tolist() == [[0.5, 0.75, 1.0]]
+    assert advantages.tolist() == [0.0, 0.5, 0.5]
+    assert returns.tolist() == [0.5, 0.75, 1.0]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1), st.integers(0, 1000))
 def test_gae_equals_its_definition(lengths: list[int], gamma: float, lam: float, seed: int) -> None:
-    rewards, values, mask = batch(lengths, 9, seed)
-    advantages, returns = compute_gae(rewards, values, mask, gamma, lam)
-    for row, n in enumerate(lengths):
-        expected = slow_advantages(rewards[row, :n].tolist(), values[row, :n].tolist(), gamma, lam)
-        assert advantages[row, :n].tolist() == pytest.approx(expected, abs=1e-9)
-        assert advantages[row, n:].tolist() == returns[row, n:].tolist() == [0.0] * (9 - n)
-    assert torch.equal(returns[mask], (advantages + values)[mask])
+    rewards, values, counts = ragged(lengths, seed)
+    advantages, returns = compute_gae(rewards, values, counts, gamma, lam)
+    for part_of_rewards, part_of_values, found in zip(
+        rewards.split(lengths), values.split(lengths), advantages.split(lengths), strict=True
+    ):
+        expected = slow_advantages(part_of_rewards.tolist(), part_of_values.tolist(), gamma, lam)
+        assert found.tolist() == pytest.approx(expected, abs=1e-9)
+    assert torch.equal(returns, advantages + values)
 
 
-def test_gae_does_not_see_padding() -> None:
-    rewards, values, mask = batch([3, 5], 5)
-    expected = compute_gae(rewards, values, mask, 0.9, 0.8)
-    rewards[0, 3:], values[0, 3:] = math.nan, 1e30
-    found = compute_gae(rewards, values, mask, 0.9, 0.8)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert math.isnan(rewards[0, 3].item()), "inputs are not modified"
+def test_gae_of_one_sequence_does_not_depend_on_the_others() -> None:
+    rewards, values, lengths = ragged([3, 5])
+    both, _ = compute_gae(rewards, values, lengths, 0.9, 0.8)
+    rewards[3:], values[3:] = 1e30, -1e30
+    first, _ = compute_gae(rewards, values, lengths, 0.9, 0.8)
+    assert torch.equal(both[:3], first[:3])
+    assert rewards[3].item() == 1e30, "inputs are not modified"
 
 
 def test_lambda_one_is_monte_carlo() -> None:
-    rewards, values, mask = batch([4], 4)
-    advantages, returns = compute_gae(rewards, values, mask, 1.0, 1.0)
-    to_go = rewards.flip(1).cumsum(1).flip(1)
+    rewards, values, lengths = ragged([4])
+    advantages, returns = compute_gae(rewards, values, lengths, 1.0, 1.0)
+    to_go = rewards.flip(0).cumsum(0).flip(0)
     torch.testing.assert_close(returns, to_go)
     torch.testing.assert_close(advantages, to_go - values)
 
 
-def test_rewards_sum_to_score_minus_penalty() -> None:
+@pytest.mark.parametrize("after", [False, True])
+def test_rewards_sum_to_score_minus_penalty(after: bool) -> None:
+    """The score stands once: at the last response token, or at the position after it, also for the longest response."""
     torch.manual_seed(1)
-    mask = torch.arange(6)[None] < torch.tensor([2, 6, 1])[:, None]
-    logprobs, ref_logprobs, scores = torch.randn(3, 6), torch.randn(3, 6), torch.tensor([1.0, -2.0, 0.5])
-    rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, 0.1)
-    penalty = 0.1 * torch.where(mask, logprobs - ref_logprobs, 0).sum(1)
-    torch.testing.assert_close(rewards.sum(1), scores - penalty)
-    assert rewards[0, 2:].abs().sum() == 0
-    # The score stands at the last token that counts, nowhere else.
-    difference = rewards - shape_rewards(torch.zeros(3), logprobs, ref_logprobs, mask, 0.1)
-    assert [row.nonzero()[0, 0].item() for row in difference] == [1, 5, 0]
+    lengths = torch.tensor([2, 6, 1])
+    logprobs, ref_logprobs, scores = torch.randn(9), torch.randn(9), torch.tensor([1.0, -2.0, 0.5])
+    rewards = kl_penalized_rewards(scores, logprobs, ref_logprobs, lengths, 0.1, after)
+    assert len(rewards) == 9 + 3 * after
+    sums = torch.stack([part.sum() for part in rewards.split((lengths + int(after)).tolist())])
+    kl = torch.stack([part.sum() for part in (logprobs - ref_logprobs).split(lengths.tolist())])
+    torch.testing.assert_close(sums, scores - 0.1 * kl)
+    without = kl_penalized_rewards(torch.zeros(3), logprobs, ref_logprobs, lengths, 0.1, after)
+    is_token, last = response_positions(lengths, after)
+    assert (rewards - without).nonzero()[:, 0].tolist() == last.tolist() == ([2, 9, 11] if after else [1, 7, 8])
+    torch.testing.assert_close(without[is_token], -0.1 * (logprobs - ref_logprobs))
+    assert not without[~is_token].any()
+
+
+def test_whitening() -> None:
+    torch.manual_seed(0)
+    values = 5 + 3 * torch.randn(140)
+    white = whiten(values)
+    assert white.mean().item() == pytest.approx(0, abs=1e-5)
+    assert (white**2).mean().item() == pytest.approx(1, abs=1e-4)
+    assert whiten(values, shift_mean=False).mean().item() == pytest.approx(values.mean().item(), abs=1e-4)
+    assert whiten(torch.full((4,), 3.0)).abs().max() == 0
+
+
+def test_running_moments_are_those_of_everything_seen() -> None:
+    torch.manual_seed(0)
+    values, moments = 3 + 2 * torch.randn(100), RunningMoments()
+    assert moments.std == 1.0
+    for part in values.split([1, 9, 40, 50]):
+        moments.update(part)
+    assert (moments.count, moments.mean) == (100, pytest.approx(values.mean().item(), rel=1e-6))
+    assert moments.std == pytest.approx(values.std().item(), rel=1e-6)
+
+
+def test_a_ratio_beyond_all_bounds_stays_finite() -> None:
+    logprobs = torch.tensor([200.0, -200.0], requires_grad=True)
+    losses, _ = clipped_policy_losses(logprobs, torch.zeros(2), torch.tensor([-1.0, -1.0]), 0.2)
+    losses.sum().backward()
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(logprobs.grad).all()
 
 
 def test_missing_eos() -> None:
@@ -98,7 +141,7 @@ def test_missing_eos() -> None:
 )
 def test_clipped_policy_loss(ratio: float, advantage: float, loss: float, gradient: float) -> None:
     logprobs = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    losses, clipped = policy_losses(
+    losses, clipped = clipped_policy_losses(
         logprobs, torch.zeros(1, dtype=torch.float64), torch.tensor([advantage]).double(), 0.2
     )
     losses.sum().backward()
@@ -111,13 +154,13 @@ def test_on_policy_gradient_is_reinforce() -> None:
     """At ratio 1 the clipped loss has the gradient of -A log π."""
     torch.manual_seed(0)
     logprobs, advantages = torch.randn(7, requires_grad=True), torch.randn(7)
-    policy_losses(logprobs, logprobs.detach(), advantages, 0.2)[0].sum().backward()
+    clipped_policy_losses(logprobs, logprobs.detach(), advantages, 0.2)[0].sum().backward()
     torch.testing.assert_close(logprobs.grad, -advantages)
 
 
 def test_clipped_value_loss_by_hand() -> None:
     values = torch.tensor([1.0, 0.1, 1.0], requires_grad=True)
-    losses, clipped = value_losses(values, torch.zeros(3), torch.tensor([2.0, 2.0, 0.0]), 0.2)
+    losses, clipped = clipped_value_losses(values, torch.zeros(3), torch.tensor([2.0, 2.0, 0.0]), 0.2)
     # Towards the return but beyond the clip: (0.2 - 2)² is larger than (1 - 2)², so its zero gradient wins.
     assert losses.tolist() == pytest.approx([0.5 * 1.8**2, 0.5 * 1.9**2, 0.5 * 1.0])
     assert clipped.tolist() == [True, False, False]

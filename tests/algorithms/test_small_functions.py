@@ -1,36 +1,15 @@
-"""Masking, log-probabilities, sampling, the preference loss and schedules, by known answers."""
+"""Log-probabilities, sampling, the preference loss and schedules, by known answers."""
 
 from __future__ import annotations
 
 import math
 
 from pipeline.algorithms.logprobs import sample_tokens, tempered_logits, token_logprobs
-from pipeline.algorithms.masking import masked_mean, masked_sum, whiten
 from pipeline.algorithms.preference import pair_losses, ranking_loss
 from pipeline.algorithms.schedules import lr_factor
 
 import pytest
 import torch
-
-
-def test_masked_statistics_ignore_garbage() -> None:
-    values = torch.tensor([[1.0, 2.0, math.nan], [3.0, math.inf, math.nan]])
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert masked_sum(values, mask) == 6
-    assert masked_mean(values, mask) == 2
-    assert masked_mean(values, torch.zeros_like(mask)) == 0
-
-
-def test_whitening() -> None:
-    torch.manual_seed(0)
-    values, mask = 5 + 3 * torch.randn(4, 50), torch.rand(4, 50) < 0.7
-    white = whiten(values, mask)
-    assert masked_mean(white, mask).item() == pytest.approx(0, abs=1e-5)
-    assert masked_mean(white**2, mask).item() == pytest.approx(1, abs=1e-4)
-    assert white[~mask].abs().sum() == 0
-    kept = whiten(values, mask, shift_mean=False)
-    assert masked_mean(kept, mask).item() == pytest.approx(masked_mean(values, mask).item(), abs=1e-4)
-    assert whiten(torch.full((2, 2), 3.0), torch.ones(2, 2, dtype=torch.bool)).abs().max() == 0
 
 
 def test_logprobs_are_those_of_the_sampled_distribution() -> None:

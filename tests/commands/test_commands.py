@@ -154,7 +154,7 @@ def test_the_report_has_every_figure(report: dict[str, Any]) -> None:
     assert len(report["samples"]) == 12
     for sample in report["samples"]:
         assert set(sample["responses"]) == set(names)
-        assert set(sample["responses"]["ppo"]["scores"]) == {"reward", "rubric"}
+        assert set(sample["responses"]["ppo"]["scores"]) == {"reward", "reward_model", "rubric"}
     steps = [point["step"] for point in report["frontier"]]
     assert steps == [0, 3, 6]
     assert report["frontier"][0]["kl"] == pytest.approx(0, abs=1e-5)
@@ -200,7 +200,7 @@ def test_the_page_stands_alone(run: Path, report: dict[str, Any]) -> None:
         report["samples"][0]["prompt"],
         "Win rates",
         "optimizer step",
-        "nats a response",
+        "nats per response",
         report["lineage"]["ppo"]["weights_sha256"][:12],
     ):
         assert words in page.text

@@ -14,8 +14,9 @@ from typing import Any
 
 from helpers.launches import ROOT, environment
 from helpers.tiny_models import make_lm
-from pipeline.commands.dry_run import dry_run, shrink
+from pipeline.commands.dry_run import dry_run
 from pipeline.errors import UserError
+from pipeline.models.shrink import narrow
 
 import pytest
 import yaml
@@ -64,7 +65,7 @@ def test_every_recipe_passes(recipe: Path) -> None:
     ids=["llama", "gpt2", "qwen3"],
 )
 def test_a_shrunk_model_is_one_of_its_class(config: Any) -> None:
-    model = AutoModelForCausalLM.from_config(shrink(config))
+    model = AutoModelForCausalLM.from_config(narrow(config))
     assert model.config.model_type == config.model_type
     assert model.num_parameters() < 500_000
     assert model.config.vocab_size == 500
@@ -154,11 +155,11 @@ def test_what_surrounds_the_step(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(
-        "pipeline.commands.dry_run.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000)
+        "pipeline.commands.surroundings.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000)
     )
     assert dry_run(str(recipe)) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "free some, or point output_dir elsewhere" in said
     assert "run `wandb login` or set WANDB_API_KEY" in said
-    with pytest.raises(UserError, match="ppo does not run under FSDP"):
+    with pytest.raises(UserError, match="ppo does not work under FSDP"):
         dry_run(str(recipe), accelerate=str(ROOT / "recipes/accelerate/fsdp2.yaml"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.config.arguments import DatasetEntry
 from pipeline.data.cards import read_card, split_files
+from pipeline.data.entries import DatasetEntry
 from pipeline.data.sources import read_source
 from pipeline.errors import UserError
 

@@ -172,7 +172,7 @@ def test_every_form_of_a_file_reads_alike(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_records_may_wait_on_disk(tmp_path: Path) -> None:
-    from pipeline.config.arguments import DatasetEntry
+    from pipeline.data.entries import DatasetEntry
 
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(ranking(f"p{n}", "ab", [1, 2])) + "\n" for n in range(100)))

@@ -6,9 +6,10 @@ import copy
 from typing import Any
 
 from pipeline.data.collators import BlockCollator, RankingCollator
-from pipeline.data.encoding import IGNORE, PLAIN_TEMPLATE, ChatEncoder, document_ids, forbidden_ids
+from pipeline.data.encoding import IGNORE, PLAIN_TEMPLATE, ChatEncoder, document_ids
 from pipeline.data.packing import join_examples, pack_documents, pack_examples
 from pipeline.errors import UserError
+from pipeline.models.tokenizers import forbidden_token_ids
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_templates_that_cannot_be_taken_apart_are_refused(tokenizer: Any) -> Non
 
 
 def test_forbidden_ids_are_all_but_text_and_eos(tokenizer: Any) -> None:
-    found = forbidden_ids(tokenizer, len(tokenizer) + 3)
+    found = forbidden_token_ids(tokenizer, len(tokenizer) + 3, [tokenizer.eos_token_id])
     assert tokenizer.eos_token_id not in found
     assert tokenizer.pad_token_id in found
     assert found[-3:] == [len(tokenizer), len(tokenizer) + 1, len(tokenizer) + 2]

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import DatasetEntry
 from pipeline.data.comparisons import pairs_of, sift, summary
+from pipeline.data.entries import DatasetEntry
 from pipeline.data.records import PARSERS, parse_demonstration, parse_prompt, parse_ranking, read_jsonl
 from pipeline.data.sources import read_source
 from pipeline.data.splits import split_key, split_records

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,13 +42,14 @@ def test_a_judge_of_known_taste() -> None:
     theirs = [f"{'bad' if i < 30 else 'good'} {i}" for i in range(40)]
     taste = prefers(lambda text: float(text.startswith("good")))
     found = compare_answers(taste, PROMPTS, mine, theirs, [0] * 40)
-    assert (found["win_rate"], found["ties"], found["first_chosen"], found["prompts"]) == (0.75, 0.0, 0.5, 40)
-    assert found["ci95"][0] < 0.75 < found["ci95"][1]
+    assert (found.win_rate, found.ties, found.first_chosen, found.prompts) == (0.75, 0.0, 0.5, 40)
+    assert found.ci95 is not None
+    assert found.ci95[0] < 0.75 < found.ci95[1]
     swapped = compare_answers(taste, PROMPTS, theirs, mine, [0] * 40)
-    assert swapped["win_rate"] == 1 - found["win_rate"]
+    assert swapped.win_rate == 1 - found.win_rate
     always_first = Judge("first", lambda questions: ["A"] * len(questions))
     found = compare_answers(always_first, PROMPTS, mine, theirs, [0] * 40)
-    assert (found["win_rate"], found["ties"], found["first_chosen"]) == (0.5, 1.0, 1.0), "order alone is no opinion"
+    assert (found.win_rate, found.ties, found.first_chosen) == (0.5, 1.0, 1.0), "order alone is no opinion"
 
 
 def test_a_taste_for_length_is_taken_out() -> None:
@@ -58,8 +61,10 @@ def test_a_taste_for_length_is_taken_out() -> None:
     found = compare_answers(
         prefers(lambda text: len(text) + next(noise)), [f"q{i}" for i in range(200)], mine, theirs, longer
     )
-    assert found["win_rate"] > 0.65, "it likes what is longer"
-    assert abs(found["length_controlled"] - 0.5) < 0.15, "and nothing else"
+    assert found.win_rate is not None
+    assert found.win_rate > 0.65, "it likes what is longer"
+    assert found.length_controlled is not None
+    assert abs(found.length_controlled - 0.5) < 0.15, "and nothing else"
 
 
 def test_what_fails_counts_on_neither_side() -> None:
@@ -67,21 +72,32 @@ def test_what_fails_counts_on_neither_side() -> None:
         return [UserError("timed out") if "question 3\n" in question else "A" for question in questions]
 
     found = compare_answers(Judge("flaky", choose), PROMPTS, PROMPTS, PROMPTS, [0] * 40)
-    assert found["prompts"] == 39
-    assert found["failed"] == [{"row": 3, "why": "timed out"}]
+    assert found.prompts == 39
+    assert found.failed == [{"row": 3, "why": "timed out"}]
     found = compare_answers(Judge("dead", lambda q: [UserError("gone")] * len(q)), PROMPTS, PROMPTS, PROMPTS, [0] * 40)
-    assert found["prompts"] == 0
-    assert "win_rate" not in found
+    assert found.prompts == 0
+    assert found.win_rate is None
 
 
 @pytest.mark.parametrize(
-    ("reply", "choice"), [("A", "A"), (" b.".upper(), "B"), ("**A**", "A"), ("Answer B", "B"), ("A\n\nB is worse", "A")]
-)
+    ("reply", "choice"),
+    [
+        ("A", "A"), (" b.".upper(), "B"), ("**A**", "A"), ("Answer B", "B"), ("A\n\nB is worse", "A"),
+        ("A is vague and B is right.\n\nVerdict: B", "B"), ("<think>A? no</think>\n**Verdict: A**", "A"),
+        ('{"reason": "A is short", "verdict": "B"}', "B"), ("The better answer is B.", "B"), ("Final answer: A", "A"),
+    ],
+)  # fmt: skip
 def test_replies_are_read(reply: str, choice: str) -> None:
     assert choice_in(reply) == choice
 
 
-@pytest.mark.parametrize("reply", ["", "Both are good", "either A or B"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "", "Both are good", "either A or B", "A good answer is B.", "A good answer would be longer.", "Answer A is worse",
+        "A\nVerdict: B", "Verdict: A or B", "A worse answer is B", "Answer A is short. Answer B is long.", "The answer is Blue",
+    ],
+)  # fmt: skip
 def test_replies_that_say_neither(reply: str) -> None:
     with pytest.raises(UserError, match="neither A nor B"):
         choice_in(reply)
@@ -93,7 +109,7 @@ def test_replies_that_say_neither(reply: str) -> None:
 class Server:
     """An OpenAI-compatible server on this machine; `behave` gives (status, reply) for the n-th request of a question."""
 
-    def __init__(self, behave: Callable[[int, str], tuple[int, str]]):
+    def __init__(self, behave: Callable[[int, str], tuple[int, Any]]):
         self.seen: dict[str, int] = {}
         self.headers: list[str] = []
         lock = threading.Lock()
@@ -110,15 +126,22 @@ class Server:
                 status, text = behave(number, question)
                 reply = {
                     "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-                    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+                    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": str(text or "")}}],
                     "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
                 }  # fmt: skip
-                payload = json.dumps(reply if status == 200 else {"error": text}).encode()
+                raw = isinstance(text, bytes | Iterator)
+                payload = text if raw else json.dumps(reply if status == 200 else {"error": text}).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(payload)))
+                if status == 307:
+                    self.send_header("Location", f"{text}/chat/completions")
+                if isinstance(payload, bytes):
+                    self.send_header("Content-Length", str(len(payload)))
+                    payload = iter([payload])
                 self.end_headers()
-                self.wfile.write(payload)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    for part in payload:
+                        self.wfile.write(part)
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -135,7 +158,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
     monkeypatch.setenv(llm_judge.KEY, SECRET)
     started: list[Server] = []
 
-    def start(behave: Callable[[int, str], tuple[int, str]]) -> Server:
+    def start(behave: Callable[[int, str], tuple[int, Any]]) -> Server:
         started.append(Server(behave))
         return started[-1]
 
@@ -156,7 +179,7 @@ def test_a_server_judges(serve: Any) -> None:
     assert judge.label == "llm:some-model"
     mine, theirs = ["long answer"] * 40, ["short"] * 40
     found = compare_answers(judge, PROMPTS, mine, theirs, [6] * 40)
-    assert (found["failed"], found["win_rate"]) == ([], 1.0)
+    assert (found.failed, found.win_rate) == ([], 1.0)
     assert set(server.headers) == {f"Bearer {SECRET}"}
     assert len(server.seen) == 80
     assert set(server.seen.values()) == {1}
@@ -166,7 +189,7 @@ def test_a_hiccup_is_asked_again(serve: Any) -> None:
     server = serve(lambda n, q: (503, "busy") if n == 1 else (200, "no idea") if n == 2 else longest(n, q))
     judge = Judge("x", RemoteJudge(server.address, "m", pause=0.0))
     found = compare_answers(judge, PROMPTS[:5], ["long answer"] * 5, ["short"] * 5, [6] * 5)
-    assert (found["win_rate"], found["failed"]) == (1.0, [])
+    assert (found.win_rate, found.failed) == (1.0, [])
     assert set(server.seen.values()) == {3}
 
 
@@ -174,22 +197,22 @@ def test_a_question_that_always_fails_is_listed(serve: Any) -> None:
     server = serve(lambda n, q: (500, "boom") if "question 2\n" in q else longest(n, q))
     judge = Judge("x", RemoteJudge(server.address, "m", pause=0.0))
     found = compare_answers(judge, PROMPTS[:5], ["long answer"] * 5, ["short"] * 5, [6] * 5)
-    assert found["failed"] == [{"row": 2, "why": "the server says 500"}]
-    assert (found["win_rate"], found["prompts"]) == (1.0, 4)
+    assert found.failed == [{"row": 2, "why": "the server says 500"}]
+    assert (found.win_rate, found.prompts) == (1.0, 4)
 
 
 def test_a_refused_key_is_not_tried_again_and_a_dead_server_not_waited_for(serve: Any) -> None:
     server = serve(lambda *_: (401, f"bad key {SECRET}"))
     judge = Judge("x", RemoteJudge(server.address, "m", pause=0.0))
     found = compare_answers(judge, PROMPTS[:5], PROMPTS[:5], PROMPTS[:5], [0] * 5)
-    assert {failure["why"] for failure in found["failed"]} == {"the server says 401"}
+    assert {failure["why"] for failure in found.failed} == {"the server says 401"}
     assert len(server.headers) == 2, "once for each order"
     strange = serve(lambda *_: (200, None))
     judge = Judge("x", RemoteJudge(strange.address, "m", pause=0.0))
-    assert compare_answers(judge, PROMPTS[:1], ["a"], ["b"], [0])["failed"][0]["why"].startswith("replied ''")
+    assert compare_answers(judge, PROMPTS[:1], ["a"], ["b"], [0]).failed[0]["why"].startswith("replied ''")
     dead = Judge("x", RemoteJudge("http://127.0.0.1:9/v1", "m", pause=0.0))
     found = compare_answers(dead, PROMPTS, PROMPTS, PROMPTS, [0] * 40)
-    assert {failure["why"] for failure in found["failed"]} == {"ConnectError"}
+    assert {failure["why"] for failure in found.failed} == {"ConnectError"}
 
 
 def test_addresses_hold_no_keys() -> None:
@@ -199,6 +222,78 @@ def test_addresses_hold_no_keys() -> None:
         assert SECRET not in str(error.value)
     with pytest.raises(UserError, match="needs --llm-judge-model"):
         judge_from("http://host/v1")
+
+
+def test_keys_travel_encrypted_or_stay_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv(llm_judge.KEY, SECRET)
+    for address in ("https://host.example/v1", "http://localhost:8000/v1", "http://127.0.0.1:8000/v1"):
+        assert RemoteJudge(address, "m").headers["Authorization"] == f"Bearer {SECRET}"
+    for name in llm_judge.KEYS:
+        monkeypatch.delenv(llm_judge.KEY)
+        monkeypatch.setenv(name, SECRET)
+        with pytest.raises(
+            UserError, match=f"{name} is set and would go unencrypted to host.example; use https"
+        ) as error:
+            judge_from("http://host.example/v1", "m")
+        assert SECRET not in str(error.value)
+        monkeypatch.delenv(name)
+        monkeypatch.setenv(llm_judge.KEY, "")
+    assert "Authorization" not in RemoteJudge("http://host.example/v1", "m").headers
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two words", "a\nb"])
+def test_a_key_that_is_no_header_is_one_line(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(llm_judge.KEY, key)
+    with pytest.raises(UserError, match="holds characters that no API key has") as error:
+        judge_from("https://host.example/v1", "m")
+    assert key not in str(error.value)
+    monkeypatch.setenv(llm_judge.KEY, f"{SECRET}\n")
+    assert RemoteJudge("https://host.example/v1", "m").headers["Authorization"] == f"Bearer {SECRET}"
+
+
+def test_a_redirect_takes_the_key_nowhere(serve: Any) -> None:
+    elsewhere = serve(longest)
+    server = serve(lambda *_: (307, elsewhere.address))
+    judge = Judge("x", RemoteJudge(server.address, "m", pause=0.0))
+    failed = compare_answers(judge, PROMPTS[:3], PROMPTS[:3], PROMPTS[:3], [0] * 3).failed
+    assert {failure["why"] for failure in failed} == {"the server says 307"}
+    assert elsewhere.headers == []
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (json.dumps({"choices": [{"message": {"content": ["A"]}}]}).encode(), "the reply is no chat completion"),
+        (b"[" * 200_000, "the reply is no chat completion"),
+        (b'{"choices": 7}', "the reply is no chat completion"),
+        (b'{"choices": []}', "the reply is no chat completion"),
+        (b"\xff\xfe", "the reply is no chat completion"),
+        (b" " * (2**20 + 1) + b"{}", "the reply is longer than 1 MiB"),
+    ],
+    ids=["content is a list", "deep", "no list", "empty", "no text", "long"],
+)
+def test_replies_of_other_shapes_are_failures(serve: Any, payload: bytes, why: str) -> None:
+    server = serve(lambda *_: (200, payload))
+    judge = Judge("x", RemoteJudge(server.address, "m", pause=0.0))
+    assert compare_answers(judge, PROMPTS[:1], ["a"], ["b"], [0]).failed == [{"row": 0, "why": why}]
+
+
+def test_a_reply_that_never_ends_is_a_failure(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm_judge, "REPLY_SECONDS", 0.3)
+    monkeypatch.setattr(llm_judge, "TRIES", 1)
+
+    def drip() -> Iterator[bytes]:
+        for _ in range(100):
+            time.sleep(0.05)
+            yield b" "
+
+    server = serve(lambda *_: (200, drip()))
+    judge = Judge("x", RemoteJudge(server.address, "m", pause=0.0))
+    started = time.monotonic()
+    (failure,) = compare_answers(judge, PROMPTS[:1], ["a"], ["b"], [0]).failed
+    assert failure["why"].startswith("the reply took longer than")
+    assert time.monotonic() - started < 4
 
 
 # ---------------------------------------------------------------------------------------------- local models

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.training.stage import launch
 
 import torch

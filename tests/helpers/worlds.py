@@ -11,9 +11,10 @@ from typing import Any
 
 from pipeline import ppo
 from pipeline.algorithms.logprobs import tempered_logits
-from pipeline.config.arguments import STAGES
-from pipeline.data.encoding import ROLE_TEMPLATE, ROLE_TOKENS, ChatEncoder, forbidden_ids
-from pipeline.models.loading import load_causal_lm, load_tokenizer
+from pipeline.config.stages import STAGES
+from pipeline.data.encoding import ROLE_TEMPLATE, ROLE_TOKENS, ChatEncoder
+from pipeline.models.loading import load_causal_lm
+from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer
 from pipeline.training.stage import launch
 
 import torch
@@ -94,7 +95,7 @@ def distribution(folder: Path, prompt: str, max_tokens: int, temperature: float 
     model, tokenizer = load_causal_lm(str(folder)).double().eval(), load_tokenizer(str(folder))
     encoder = ChatEncoder(tokenizer)
     start = encoder.prompt_ids([{"role": "user", "content": prompt}])
-    forbidden = torch.tensor(forbidden_ids(tokenizer, model.config.vocab_size))
+    forbidden = torch.tensor(forbidden_token_ids(tokenizer, model.config.vocab_size, [encoder.eos_id]))
     open_rows: Distribution = {(): 1.0}
     finished: Distribution = {}
     for _ in range(max_tokens):

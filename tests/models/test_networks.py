@@ -1,18 +1,20 @@
-"""Roles on one trunk or on adapters: right, non-zero gradients for each, and nothing else moves (hf notes: silent traps)."""
+"""Networks on one backbone or on adapters: right, non-zero gradients for each, and nothing else moves."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from helpers.ppo_training import one_rollout, train_all, with_training
 from helpers.worlds import make_policy, train
 from pipeline import ppo, reward
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.reward_model import load_scalar_model, score_ids
-from pipeline.training.stage import launch
+from pipeline.training.stage import Run, launch
 
 import pytest
 import torch
@@ -34,51 +36,52 @@ def policy(tmp_path: Path) -> Path:
     return make_policy(tmp_path / "sft", "abcd")
 
 
-def captured(policy: Path, run: Path, roles: str, **changes: Any) -> tuple[ppo.Loop, Any]:
-    """A loop after a short run, and its last rollout."""
-    kept: list[tuple[ppo.Loop, Any]] = []
-    update = ppo.Loop.update
+def trained(policy: Path, run: Path, roles: str, **changes: Any) -> tuple[ppo.Training, Any]:
+    """A stage after its rollouts, and one more rollout."""
 
-    def spy(self: ppo.Loop, rollout: Any, kl: float) -> Any:
-        kept.append((self, rollout))
-        return update(self, rollout, kl)
+    def use(training: ppo.Training, running: Run[Any]) -> tuple[ppo.Training, Any]:
+        ppo.train(training, running)
+        rollout, _ = one_rollout(training, running)
+        ppo.finish(training, running)
+        return training, rollout
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo.Loop, "update", spy)
-        train(run, policy, COUNT_B, **SHORT, roles=roles, **(LORA if roles == "adapters" else {}), **changes)
-    return kept[-1]
+    lora = LORA if roles == "adapters" else {}
+    return with_training(run, policy, COUNT_B, use, **SHORT, roles=roles, **lora, **changes)
 
 
-def gradients(loop: ppo.Loop, rollout: Any, tokens: int) -> dict[str, list[torch.Tensor]]:
-    for parameters in loop.roles.trained.values():
+def learner_of(training: ppo.Training, **changes: Any) -> ppo.Learner:
+    """A learner of the same networks with other arguments."""
+    args = dataclasses.replace(training.learner.args, **changes)
+    return ppo.Learner(args, training.learner.processes, training.collector, None, training.state)
+
+
+def gradients(learner: ppo.Learner, rollout: Any) -> dict[str, list[torch.Tensor]]:
+    for parameters in learner.networks.trained.values():
         for parameter in parameters:
             parameter.grad = None
-    object.__setattr__(loop.args, "micro_batch_tokens", tokens)
-    loop.backward(rollout, list(range(len(rollout.response_ids))))
+    learner.accumulate_gradients(rollout)
     return {
         name: [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
-        for name, parameters in loop.roles.trained.items()
+        for name, parameters in learner.networks.trained.items()
     }
 
 
 @pytest.mark.parametrize("roles", ROLES)
 def test_gradients_are_those_of_the_losses_by_finite_differences(policy: Path, tmp_path: Path, roles: str) -> None:
-    """Along random directions of each role's parameters the loss changes as its gradient says."""
-    loop, rollout = captured(policy, tmp_path / "run", roles)
-    for name, value in (("vf_coef", 1.0), ("clip_range", 99.0), ("value_clip_range", 99.0)):  # a smooth loss
-        object.__setattr__(loop.args, name, value)
-    found = gradients(loop, rollout, 10_000)
-    everything = list(range(len(rollout.response_ids)))
+    """Along random directions of each network's parameters the loss changes as its gradient says."""
+    training, rollout = trained(policy, tmp_path / "run", roles)
+    smooth = learner_of(training, vf_coef=1.0, clip_range=99.0, value_clip_range=99.0)
+    computed = gradients(smooth, rollout)
 
     def total() -> float:
-        figures = loop.backward(rollout, everything)
-        return figures["policy_loss"] + figures["value_loss"]
+        metrics = smooth.accumulate_gradients(rollout)
+        return metrics["policy_loss"] + metrics["value_loss"]
 
-    for name, parameters in loop.roles.trained.items():
-        assert sum(g.abs().sum().item() for g in found[name]) > 1e-4, f"{name} learns"
+    for name, parameters in smooth.networks.trained.items():
+        assert sum(g.abs().sum().item() for g in computed[name]) > 1e-4, f"{name} learns"
         torch.manual_seed(1)
         direction = [torch.randn_like(p) for p in parameters]
-        slope = sum((g * d).sum().item() for g, d in zip(found[name], direction, strict=True))
+        slope = sum((g * d).sum().item() for g, d in zip(computed[name], direction, strict=True))
         losses = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -92,47 +95,50 @@ def test_gradients_are_those_of_the_losses_by_finite_differences(policy: Path, t
 
 
 @pytest.mark.parametrize("roles", ROLES)
-def test_micro_batches_do_not_change_any_roles_gradient(policy: Path, tmp_path: Path, roles: str) -> None:
+def test_micro_batches_do_not_change_any_networks_gradient(policy: Path, tmp_path: Path, roles: str) -> None:
     """Adapters are switched between micro-batches: the sums must still be those of one pass."""
-    loop, rollout = captured(policy, tmp_path / "run", roles)
-    whole, cut = (gradients(loop, rollout, tokens) for tokens in (10_000, 20))
+    training, rollout = trained(policy, tmp_path / "run", roles)
+    whole, cut = (gradients(learner_of(training, micro_batch_tokens=tokens), rollout) for tokens in (10_000, 20))
     for name in whole:
-        one, two = (torch.cat([g.flatten() for g in found[name]]) for found in (whole, cut))
+        one, two = (torch.cat([g.flatten() for g in part[name]]) for part in (whole, cut))
         assert one.norm() > 0
         assert ((one - two).norm() / one.norm()).item() < 1e-4, name
 
 
 def test_adapters_train_nothing_but_themselves(policy: Path, tmp_path: Path) -> None:
-    loop, _ = captured(policy, tmp_path / "run", "adapters")
-    roles: Any = loop.roles
+    training, _ = trained(policy, tmp_path / "run", "adapters")
+    networks: Any = training.collector.networks
     original = load_causal_lm(str(policy)).state_dict()
     base = {
-        name.replace(".base_layer", ""): p for name, p in roles.policy.model.named_parameters() if "lora_" not in name
+        name.replace(".base_layer", ""): p
+        for name, p in networks.policy.model.named_parameters()
+        if "lora_" not in name
     }
     assert all(torch.equal(original[name], p) and p.grad is None for name, p in base.items() if name in original)
     assert len(base) >= 10
     for adapter in ("default", "value"):  # LoRA's B starts at 0
-        moved = [p for name, p in roles.peft.named_parameters() if f"lora_B.{adapter}." in name]
+        moved = [p for name, p in networks.peft.named_parameters() if f"lora_B.{adapter}." in name]
         assert moved
         assert all(p.abs().max() > 0 for p in moved), f"{adapter} learns"
-    trainable = {id(p) for parameters in roles.trained.values() for p in parameters}
-    assert all(p.requires_grad == (id(p) in trainable) for p in roles.peft.parameters())
+    trainable = {id(p) for parameters in networks.trained.values() for p in parameters}
+    assert all(p.requires_grad == (id(p) in trainable) for p in networks.peft.parameters())
     adapter = tmp_path / "run" / "out" / "adapter" / "adapter_config.json"
     assert json.loads(adapter.read_text())["r"] == 4
 
 
 def test_the_reference_of_adapters_is_the_base(policy: Path, tmp_path: Path) -> None:
-    loop, _ = captured(policy, tmp_path / "run", "adapters")
-    batch = loop.tensors([[3, 7, 4]], [[6, 7, 1]])
-    measured = loop.roles.measure(batch, with_values=True)
+    training, _ = trained(policy, tmp_path / "run", "adapters")
+    networks: Any = training.collector.networks
+    measured = networks.measure(training.collector.batch([[3, 7, 4]], [[6, 7, 1]]), with_values=True)
+    ids = torch.tensor([[3, 7, 4, 6, 7, 1]])
     with torch.no_grad():
-        logits = load_causal_lm(str(policy))(input_ids=batch["input_ids"]).logits[0, 2:-1]
+        logits = load_causal_lm(str(policy))(input_ids=ids).logits[0, 2:-1]
     logits[:, [0, 2, 3, 4, 5]] = float("-inf")
     expected = torch.log_softmax(logits, -1)[range(3), [6, 7, 1]]
-    torch.testing.assert_close(measured["ref_logprobs"][0], expected, atol=1e-5, rtol=1e-5)
-    assert (measured["logprobs"] - measured["ref_logprobs"]).abs().max() > 1e-3
-    with loop.roles.sampler("reference") as model, torch.no_grad():
-        again = model(input_ids=batch["input_ids"]).logits[0, 2:-1]
+    torch.testing.assert_close(measured.ref_logprobs, expected, atol=1e-5, rtol=1e-5)
+    assert (measured.logprobs - measured.ref_logprobs).abs().max() > 1e-3
+    with networks.sampler("reference") as model, torch.no_grad():
+        again = model(input_ids=ids).logits[0, 2:-1]
     again[:, [0, 2, 3, 4, 5]] = float("-inf")
     torch.testing.assert_close(torch.log_softmax(again, -1)[range(3), [6, 7, 1]], expected, atol=1e-5, rtol=1e-5)
 
@@ -155,7 +161,7 @@ def test_adapters_on_a_quantised_base(policy: Path, tmp_path: Path, quantization
 # ---------------------------------------------------------------------------------------------- a reward that is an adapter
 
 
-def train_reward(folder: Path, parent: Path, lora: bool) -> Path:
+def train_reward(folder: Path, parent: Path, lora: bool | dict[str, Any]) -> Path:
     data = folder / "rankings.jsonl"
     folder.mkdir()
     data.write_text(
@@ -173,68 +179,62 @@ def train_reward(folder: Path, parent: Path, lora: bool) -> Path:
         "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 100,
     }  # fmt: skip
     path = folder / "reward.yaml"
-    path.write_text(yaml.safe_dump(recipe | (LORA if lora else {})))
+    path.write_text(yaml.safe_dump(recipe | ({"lora": lora} if isinstance(lora, dict) else LORA if lora else {})))
     launch("reward", STAGES["reward"], reward.main, ["--config", str(path)])
     return folder / "out"
 
 
-def ppo_against(run: Path, policy: Path, reward_path: Path, **changes: Any) -> ppo.Loop:
-    kept: list[ppo.Loop] = []
-    start = ppo.Loop.__init__
-
-    def remember(self: ppo.Loop, *args: Any) -> None:
-        start(self, *args)
-        kept.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo.Loop, "__init__", remember)
-        train(run, policy, COUNT_B, **{**SHORT, "reward": str(reward_path), **changes})
-    return kept[0]
+def against(run: Path, policy: Path, reward_path: Path, use: Any, **changes: Any) -> Any:
+    return with_training(run, policy, COUNT_B, use, **{**SHORT, "reward": str(reward_path), **changes})
 
 
 def test_a_reward_adapter_shares_the_base(policy: Path, tmp_path: Path) -> None:
-    """Its scores are those of the merged reward model; the value adapter starts from it (S20) and the reward stays."""
+    """Its scores are those of the merged reward model; the value adapter starts from it, and the reward model stays."""
     folder = train_reward(tmp_path / "reward", policy, lora=True)
     merged: Any = load_scalar_model(str(folder))
     ids = [[3, 7, 4, 6, 7, 1], [3, 8, 4, 9, 1]]
     expected = score_ids(merged, ids, 0)
-    start = ppo.Loop.collect
-    values: list[torch.Tensor] = []
 
-    def spy(self: ppo.Loop, *args: Any) -> Any:
-        if not values:
-            roles: Any = self.roles
-            torch.testing.assert_close(score_ids(roles.reward, ids, 0), expected, atol=1e-4, rtol=1e-4)
-            batch = self.tensors([[3, 7, 4], [3, 8, 4]], [[6, 7, 1], [9, 1]])
-            values.append(self.roles.measure(batch, True)["values"])
-        return start(self, *args)
+    def use(training: ppo.Training, run: Run[Any]) -> None:
+        networks: Any = training.collector.networks
+        torch.testing.assert_close(score_ids(networks.reward, ids, 0), expected, atol=1e-4, rtol=1e-4)
+        batch = training.collector.batch([[3, 7, 4], [3, 8, 4]], [[6, 7, 1], [9, 1]])
+        before = networks.measure(batch, with_values=True).values
+        # The value at the state of the end token is the score.
+        torch.testing.assert_close(before[[3, 6]], expected, atol=1e-4, rtol=1e-4)
+        train_all(training, run)
+        torch.testing.assert_close(score_ids(networks.reward, ids, 0), expected, atol=1e-4, rtol=1e-4)
+        after = networks.measure(batch, with_values=True).values
+        assert (after[3] - expected[0]).abs() > 1e-4
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo.Loop, "collect", spy)
-        loop = ppo_against(tmp_path / "run", policy, folder, roles="adapters", score_position="after", **LORA)
-    # A17: the value at the EOS state is the raw score.
-    torch.testing.assert_close(values[0][[0, 1], [3, 2]], expected, atol=1e-4, rtol=1e-4)
-    roles: Any = loop.roles
-    torch.testing.assert_close(score_ids(roles.reward, ids, 0), expected, atol=1e-4, rtol=1e-4)
-    assert (loop.roles.measure(loop.tensors([[3, 7, 4]], [[6, 7, 1]]), True)["values"][0, 3] - expected[0]).abs() > 1e-4
+    against(tmp_path / "run", policy, folder, use, roles="adapters", score_position="after", **LORA)
 
 
-def test_a17_the_value_at_the_eos_state_is_the_score(policy: Path, tmp_path: Path) -> None:
+def test_the_dropout_of_a_reward_adapter_is_off(policy: Path, tmp_path: Path) -> None:
+    """A reward model trained with LoRA dropout scores the same text the same, also while the policy is in training mode."""
+    folder = train_reward(tmp_path / "reward", policy, lora={"r": 4, "alpha": 8, "dropout": 0.5})
+
+    def use(training: ppo.Training, run: Run[Any]) -> None:
+        networks: Any = training.collector.networks
+        assert networks.policy.training
+        ids = [[3, 7, 4, 6, 7, 1], [3, 8, 4, 9, 1]]
+        assert torch.equal(score_ids(networks.reward, ids, 0), score_ids(networks.reward, ids, 0))
+        batch = training.collector.batch([[3, 7, 4]], [[6, 7, 1]])
+        assert torch.equal(*(networks.measure(batch, with_values=True).values for _ in range(2)))
+
+    against(tmp_path / "run", policy, folder, use, roles="adapters", **LORA)
+
+
+def test_the_value_at_the_state_of_the_end_token_is_the_score(policy: Path, tmp_path: Path) -> None:
     folder = train_reward(tmp_path / "reward", policy, lora=False)
-    start, found = ppo.Loop.collect, []
 
-    def spy(self: ppo.Loop, *args: Any) -> Any:
-        if not found:
-            batch = self.tensors([[3, 7, 4], [3, 8, 4]], [[6, 7, 1], [9, 1]])
-            values = self.roles.measure(batch, True)["values"]
-            scores = score_ids(load_scalar_model(str(folder)), [[3, 7, 4, 6, 7, 1], [3, 8, 4, 9, 1]], 0)
-            found.append((values[[0, 1], [3, 2]], scores))
-        return start(self, *args)
+    def use(training: ppo.Training, run: Run[Any]) -> None:
+        batch = training.collector.batch([[3, 7, 4], [3, 8, 4]], [[6, 7, 1], [9, 1]])
+        values = training.collector.networks.measure(batch, with_values=True).values
+        scores = score_ids(load_scalar_model(str(folder)), [[3, 7, 4, 6, 7, 1], [3, 8, 4, 9, 1]], 0)
+        torch.testing.assert_close(values[[3, 6]], scores, atol=1e-5, rtol=1e-5)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo.Loop, "collect", spy)
-        ppo_against(tmp_path / "run", policy, folder, score_position="after", total_rollouts=1)
-    torch.testing.assert_close(*found[0], atol=1e-5, rtol=1e-5)
+    against(tmp_path / "run", policy, folder, use, score_position="after", total_rollouts=1)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], run: Path, policy: Path, **changes: Any) -> str:
@@ -261,7 +261,7 @@ def test_adapters_refuse_a_reward_of_another_base(
         ({"roles": "adapters"}, "go together, e.g. lora"),
         ({**LORA}, "go together, e.g. lora"),
         ({"quantization": "4bit"}, "quantization needs `roles: adapters`"),
-        ({"kl_estimator": "k3"}, "k3 inside the reward has the gradient of another divergence"),
+        ({"kl_estimator": "k3"}, "kl_estimator: 'k3' is not known"),
         ({"ptx_coef": 27.8}, "ptx_coef and ptx_datasets go together"),
         ({"best_metric": "gold", "eval_rollouts": 1}, "no evaluation measures 'gold'; one of score"),
         ({"best_metric": "score"}, "best_metric and stop_kl look at evaluations"),
@@ -284,5 +284,5 @@ def test_a_base_is_not_overwritten(policy: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(policy, copy)
     for roles in ROLES:
-        captured(policy, tmp_path / roles, roles)
+        trained(policy, tmp_path / roles, roles)
     assert {p.name: p.read_bytes() for p in policy.iterdir()} == {p.name: p.read_bytes() for p in copy.iterdir()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from helpers.launches import ROOT, rlhf_here, tiny_flags
 from pipeline import pretrain, reward, sft
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.errors import UserError
 from pipeline.planning.plan import devices
 from pipeline.planning.sizing import by_part, cache_bytes, lora_parameters, parameters, step_memory, with_layers

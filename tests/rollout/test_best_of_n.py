@@ -1,7 +1,8 @@
-"""Best-of-n by its exact distribution, rejection sampling as a command, and over-optimisation on a toy (section D, 15)."""
+"""Best-of-n by its exact distribution, rejection sampling as a command, and over-optimisation on a toy."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 from helpers.worlds import distribution, make_policy, texts, total_variation, train
 from pipeline.cli import main as rlhf
 from pipeline.data.encoding import ChatEncoder
-from pipeline.models.loading import load_causal_lm, load_tokenizer
-from pipeline.rollout.best_of_n import best_of_n, kl_bound
-from pipeline.rollout.rewards import Part, Scorer
-from pipeline.rollout.rollout import LocalEngine
+from pipeline.models.loading import load_causal_lm
+from pipeline.models.tokenizers import load_tokenizer
+from pipeline.rollout.best_of_n import best_of_each, best_of_n, kl_bound
+from pipeline.rollout.engine import LocalEngine, SamplingSettings
+from pipeline.rollout.rewards import Answers, RewardPart, Scorer
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,18 +30,19 @@ def policy(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
-def test_d15_best_of_n_has_its_exact_distribution(policy: Path, n: int) -> None:
+def test_best_of_n_has_its_exact_distribution(policy: Path, n: int) -> None:
     """P(y) = F(y)^n - F(<y)^n over the ranking of scores; its KL stays below log n - (n-1)/n."""
     encoder = ChatEncoder(load_tokenizer(str(policy)))
-    engine = LocalEngine(1, [encoder.eos_id], encoder.tokenizer.pad_token_id, [0, 2, 3, 4, 5], rows=1000)
+    settings = SamplingSettings(1, [encoder.eos_id], [0, 2, 3, 4, 5], encoder.tokenizer.pad_token_id, rows=1000)
+    engine = LocalEngine(settings)
 
-    def compute(prompts: Any, prompt_ids: Any, response_ids: Any, said: list[str], rows: Any) -> torch.Tensor:
-        return torch.tensor([SCORES[text.strip()] for text in said])
+    def compute(answers: Answers) -> torch.Tensor:
+        return torch.tensor([SCORES[text.strip()] for text in answers.texts])
 
-    scorer = Scorer([Part("scores", 1.0, compute)], encoder)
+    scorer = Scorer([RewardPart("scores", 1.0, compute)])
     number = 4000
     records = [{"prompt": [{"role": "user", "content": "a"}], "row": {}}] * number
-    found = best_of_n(engine, load_causal_lm(str(policy)).eval(), encoder, scorer, records, n, seed=3)
+    found = best_of_n(engine, load_causal_lm(str(policy)).eval(), encoder, scorer, records, n=n, seed=3)
     reference = distribution(policy, "a", 1)
     said = texts(policy, reference)
     expected, below = {}, 0.0
@@ -90,7 +94,7 @@ def test_rejection_sampling_writes_demonstrations(
     assert "exists; nothing was overwritten" in capsys.readouterr().err
 
 
-def test_d15_a_gold_metric_stops_before_the_proxy_is_overdone(policy: Path, tmp_path: Path) -> None:
+def test_a_gold_metric_stops_before_the_proxy_is_overdone(policy: Path, tmp_path: Path) -> None:
     """Gold likes `b` and `d`, but not `ddd`; the proxy misses that and likes `d` best. Selecting by gold stops earlier."""
     proxy = "return response.count('b') + 1.5 * response.count('d')"
     settings: dict[str, Any] = {
@@ -109,3 +113,17 @@ def test_d15_a_gold_metric_stops_before_the_proxy_is_overdone(policy: Path, tmp_
     assert blind["score"] > watched["score"]
     assert watched["best_rollout"] < watched["rollouts"] < blind["rollouts"]
     assert watched["gold"] == pytest.approx(watched["best_gold"], abs=0.3)
+
+
+def test_best_of_each_is_the_mean_over_all_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    proxy, judge = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    found = best_of_each(judge, proxy)
+    for k in range(1, 7):
+        means = []
+        for chosen in itertools.combinations(range(6), k):
+            best = proxy[list(chosen)].argmax(0)
+            means.append(judge[list(chosen)].gather(0, best[None])[0].double().mean().item())
+        assert found[k - 1] == pytest.approx(np.mean(means), abs=1e-6)
+    assert best_of_each(proxy, proxy) == sorted(best_of_each(proxy, proxy))
+    assert kl_bound(1) == 0.0

@@ -13,8 +13,8 @@ from typing import Any
 
 from helpers.launches import CARDS, ROOT, environment, launch_command, lineage, tiny_flags
 from pipeline import ppo, pretrain, reward, sft
-from pipeline.config.arguments import STAGES
-from pipeline.models.loading import load_tokenizer
+from pipeline.config.stages import STAGES
+from pipeline.models.tokenizers import load_tokenizer
 from pipeline.training.stage import launch
 
 import pytest
@@ -287,7 +287,7 @@ def test_the_true_exit_code_and_no_traceback(tmp_path: Path) -> None:
 
 
 def test_an_error_of_one_process_alone_is_told_once(chain: Path, recipes: Path, tmp_path: Path) -> None:
-    """A reward that fails on the second process's rows: all end, one line says why (through the file that `rlhf run` reads)."""
+    """A reward that fails on the second process's rows: all end, one line says why, the exit code is the stage's own."""
     recipe = tmp_path / "ppo.yaml"
     recipe.write_text((recipes / "ppo.yaml").read_text())
     (tmp_path / "second_rank.py").write_text(
@@ -295,18 +295,20 @@ def test_an_error_of_one_process_alone_is_told_once(chain: Path, recipes: Path, 
         "    return [float('nan') if os.environ['RANK'] == '1' else 1.0] * len(responses)\n"
     )
     changed = flags("ppo", chain, recipes, tmp_path, config=recipe, reward="second_rank:score", eval_rollouts=None)
-    told = tmp_path / "error.json"
+    command = launch_command("ppo", changed, 2)
+    command[command.index("accelerate.commands.launch")] = "pipeline.training.launcher"
     done = subprocess.run(
-        launch_command("ppo", changed, 2),
-        env={**environment(), "RLHF_ERROR_FILE": str(told)},
+        command,
+        env=environment(),
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 1
-    assert "scores must be finite" in json.loads(told.read_text())["message"]
-    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "scores must be finite" in line
+    assert "Traceback" not in done.stderr
 
 
 def test_another_reward_is_another_run(
@@ -351,3 +353,24 @@ def test_weights_that_are_no_safetensors(
     (external / "model.safetensors").write_bytes(b"not weights")
     line = refused(capsys, "sft", flags("sft", chain, recipes, tmp_path, parent=external))
     assert "no model can be loaded from" in line
+
+
+def test_parents_that_are_no_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hub ids without a slash, addresses, adapters: the line names the remedy."""
+    adapter = tmp_path / "mine"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    own = tmp_path / "sft" / "adapter"
+    own.mkdir(parents=True)
+    (own / "adapter_config.json").write_text("{")
+    (tmp_path / "sft" / "config.json").write_text("{}")
+    for parent, words in (
+        ("gpt2", "is no local folder and cannot be had from the Hub"),
+        ("owner/name", "cannot be had from the Hub"),
+        ("https://huggingface.co/owner/name", "is an address; name the Hub id alone, 'owner/name'"),
+        (adapter, "is an adapter of 'owner/base', no whole model; merge it first"),
+        (own, f"is an adapter; its merged model is '{tmp_path}/sft', name that"),
+    ):
+        line = refused(capsys, "sft", tiny_flags("sft", tmp_path / "run", parent=parent))
+        assert line.startswith(f"error: parent '{parent}' ")
+        assert words in line

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.launches import CARDS, STAGES, launch, lineage, tiny_flags
-from pipeline.config.arguments import STAGES as ARGUMENTS
+from pipeline.config.stages import STAGES as ARGUMENTS
 from pipeline.training.stage import launch as launch_here
 
 import pytest

@@ -7,7 +7,7 @@ from typing import Any
 
 from helpers.launches import lineage, tiny_flags
 from pipeline import reward, sft
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.reward_model import load_scalar_model
 from pipeline.training.stage import launch

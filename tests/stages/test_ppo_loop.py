@@ -8,8 +8,9 @@ from typing import Any
 
 from helpers.launches import lineage, tiny_flags
 from pipeline import ppo
-from pipeline.config.arguments import STAGES, load
+from pipeline.config.stages import STAGES
 from pipeline.data.batching import microbatches
+from pipeline.rollout.prompts import Prompt, PromptSet
 from pipeline.training.stage import launch
 
 import pytest
@@ -89,18 +90,13 @@ def test_without_a_learning_rate_nothing_moves(chain: Path, recipes: Path, tmp_p
     assert metrics["kl"] == pytest.approx(0, abs=1e-4)
 
 
-def test_prompts_come_in_seeded_permutations(chain: Path, recipes: Path, tmp_path: Path) -> None:
-    flags = tiny_flags(
-        "ppo", tmp_path, config=recipes / "ppo.yaml", report_to=None, parent="p", reward="r", prompts_per_rollout=8
-    )
-    args: Any = load(STAGES["ppo"], flags)
-    records = [{"id": i} for i in range(20)]
-    drawn = [record["id"] for rollout in range(5) for record in ppo.prompt_batch(records, rollout, args)]
+def test_prompts_come_in_seeded_permutations() -> None:
+    prompts: Any = PromptSet([Prompt([], [i], {}) for i in range(20)], [], list(range(20)))
+    drawn = [prompt.ids[0] for rollout in range(5) for prompt in prompts.of_rollout(rollout, 8, seed=0)]
     assert sorted(drawn[:20]) == sorted(drawn[20:40]) == list(range(20)), "each epoch sees every prompt once"
     assert drawn[:20] != drawn[20:40]
-    assert [r["id"] for r in ppo.prompt_batch(records, 3, args)] == drawn[24:32], (
-        "a function of the rollout's number alone"
-    )
+    again = [prompt.ids[0] for prompt in prompts.of_rollout(3, 8, seed=0)]
+    assert again == drawn[24:32], "a function of the rollout's number alone"
 
 
 def test_microbatches_hold_every_row_once() -> None:
@@ -118,22 +114,3 @@ def test_attention_sees_no_more_than_twice_the_tokens() -> None:
     """One long row beside many short ones would be padded to many times its tokens there."""
     groups = microbatches([10] * 50 + [300], list(range(51)), 1000)
     assert groups == [list(range(50)), [50]]
-
-
-def test_backends_that_shard_are_refused(recipes: Path, tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    from pipeline.errors import UserError
-
-    from accelerate import DistributedType
-
-    args: Any = load(
-        STAGES["ppo"], tiny_flags("ppo", tmp_path, config=recipes / "ppo.yaml", report_to=None, parent="p", reward="r")
-    )
-    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        accelerator: Any = SimpleNamespace(distributed_type=kind, num_processes=1)
-        with pytest.raises(UserError, match="PPO does not run under"):
-            ppo.refuse_backend(accelerator, args)
-    three: Any = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, num_processes=3)
-    with pytest.raises(UserError, match="must be a multiple of the 3 processes"):
-        ppo.refuse_backend(three, args)

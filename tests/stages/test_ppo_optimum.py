@@ -9,8 +9,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from helpers.ppo_training import train_all, with_training
 from helpers.worlds import distance, distribution, make_policy, optimum, texts, total_variation, train
 from pipeline import ppo
+from pipeline.training.stage import Run
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ LATER_SEEDS = [pytest.param(seed, marks=pytest.mark.full) for seed in SEEDS[1:]]
 
 @pytest.mark.parametrize("seed", [0, *LATER_SEEDS])
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.2])
-def test_d1_kl_bandit(tmp_path: Path, beta: float, seed: int) -> None:
+def test_kl_bandit(tmp_path: Path, beta: float, seed: int) -> None:
     policy = make_policy(tmp_path / "sft", "abcdefgh", seed)
     assert distance(policy, policy, bandit, beta, 1) > 0.1, "there is something to learn"
     train(tmp_path / "run", policy, BANDIT, kl_coef=beta, seed=seed)
@@ -36,7 +38,7 @@ def test_d1_kl_bandit(tmp_path: Path, beta: float, seed: int) -> None:
 
 
 @pytest.mark.parametrize("roles", ["shared_trunk", "adapters"])
-def test_d1_kl_bandit_of_every_role(tmp_path: Path, roles: str) -> None:
+def test_kl_bandit_of_every_role(tmp_path: Path, roles: str) -> None:
     policy = make_policy(tmp_path / "sft", "abcdefgh")
     lora = {"lora": {"r": 8, "alpha": 16}} if roles == "adapters" else {}
     train(tmp_path / "run", policy, BANDIT, kl_coef=0.5, roles=roles, **lora)
@@ -56,7 +58,7 @@ def test_a18_temperature_is_the_same_everywhere(tmp_path: Path) -> None:
     assert distance(tmp_path / "run" / "out", policy, bandit, 0.5, 1, temperature=0.7) < 0.02
 
 
-def test_d2_constant_return(tmp_path: Path) -> None:
+def test_constant_return(tmp_path: Path) -> None:
     """At the optimum score - β log(π/π_ref) is β log Z for every response."""
     beta = 0.5
     policy = make_policy(tmp_path / "sft", "abcdefgh")
@@ -81,8 +83,8 @@ def sequences(prompt: str, text: str, stopped: bool) -> float:
 
 @pytest.mark.parametrize("position", ["last", pytest.param("after", marks=pytest.mark.full)])
 @pytest.mark.parametrize("seed", [0, *LATER_SEEDS])
-def test_d3_sequences_with_eos(tmp_path: Path, seed: int, position: str) -> None:
-    """Responses of up to three tokens, those that do not stop get the missing-EOS score (A20, A23)."""
+def test_sequences_with_eos(tmp_path: Path, seed: int, position: str) -> None:
+    """Responses of up to three tokens, those that do not stop get the missing-EOS score."""
     beta = 0.5
     policy = make_policy(tmp_path / "sft", "abcd", seed)
     assert distance(policy, policy, sequences, beta, 3) > 0.2
@@ -94,7 +96,7 @@ def test_d3_sequences_with_eos(tmp_path: Path, seed: int, position: str) -> None
 
 
 @pytest.mark.parametrize("seed", [0, *LATER_SEEDS])
-def test_d4_token_x(tmp_path: Path, seed: int) -> None:
+def test_token_x(tmp_path: Path, seed: int) -> None:
     beta = 0.5
     policy = make_policy(tmp_path / "sft", "abcdefgh", seed)
     train(tmp_path / "run", policy, "return float(response == 'c')", kl_coef=beta, seed=seed)
@@ -105,7 +107,7 @@ def test_d4_token_x(tmp_path: Path, seed: int) -> None:
         assert after[x] == pytest.approx(raised / (1 - before[x] + raised), abs=0.02)
 
 
-def test_d5_a_huge_penalty_keeps_the_reference(tmp_path: Path) -> None:
+def test_a_huge_penalty_keeps_the_reference(tmp_path: Path) -> None:
     policy = make_policy(tmp_path / "sft", "abcdefgh")
     train(tmp_path / "run", policy, BANDIT, kl_coef=1000.0, total_rollouts=60)
     for prompt in "ab":
@@ -114,25 +116,23 @@ def test_d5_a_huge_penalty_keeps_the_reference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2"])
-def test_d5_without_a_reward_a_perturbed_policy_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
-) -> None:
+def test_without_a_reward_a_perturbed_policy_returns(tmp_path: Path, estimator: str) -> None:
     policy = make_policy(tmp_path / "sft", "abcdefgh")
-    build, apart = ppo.build_roles, []
 
-    def perturbed(*args: Any) -> Any:
-        roles = build(*args)
+    def use(training: ppo.Training, run: Run[Any]) -> None:
+        networks = training.collector.networks
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for parameter in roles.trained["policy"]:
+            for parameter in networks.trained["policy"]:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        roles.save_policy(tmp_path / "start")
-        return roles
+        networks.save_policy(tmp_path / "start")
+        train_all(training, run)
 
-    monkeypatch.setattr(ppo, "build_roles", perturbed)
-    train(tmp_path / "run", policy, "return 0.0", kl_coef=1.0, kl_estimator=estimator, whiten_advantages=False)
+    settings = {"kl_coef": 1.0, "kl_estimator": estimator, "whiten_advantages": False}
+    with_training(tmp_path / "run", policy, "return 0.0", use, **settings)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "start" / name).write_bytes((policy / name).read_bytes())
+    apart = []
     for prompt in "ab":
         reference = distribution(policy, prompt, 1)
         apart.append(total_variation(distribution(tmp_path / "start", prompt, 1), reference))
@@ -141,8 +141,8 @@ def test_d5_without_a_reward_a_perturbed_policy_returns(
 
 
 @pytest.mark.parametrize(("start", "direction"), [(0.02, 1), pytest.param(5.0, -1, marks=pytest.mark.full)])
-def test_d6_adaptive_kl_reaches_its_target(tmp_path: Path, start: float, direction: int) -> None:
-    """From a penalty too small and one too large: the KL ends within 20 % of the target (A22)."""
+def test_adaptive_kl_reaches_its_target(tmp_path: Path, start: float, direction: int) -> None:
+    """From a penalty too small and one too large: the KL ends within 20 % of the target."""
     target = 0.4
     policy = make_policy(tmp_path / "sft", "abcdefgh")
     record = train(

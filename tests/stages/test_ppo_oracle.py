@@ -1,17 +1,23 @@
-"""The whole update against a slow, independent one in NumPy float64 (section D, 9): rewards, advantages, returns, losses
-and gradients, on the same rollouts, for every option that shapes them."""
+"""The whole update against a slow, independent one in NumPy float64: rewards, advantages, returns, losses and gradients, on
+the same samples, for every option that shapes them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config.arguments import DatasetEntry, PPOArguments, RewardSource
-from pipeline.models.networks import Batch, Roles
-from pipeline.ppo import Loop, State
-from pipeline.rollout.rollout import rollout_figures
+from pipeline.algorithms.ppo import RunningMoments
+from pipeline.config.ppo import PPOArguments
+from pipeline.config.rewards import RewardSource
+from pipeline.data.entries import DatasetEntry
+from pipeline.models.networks import Networks, PolicyLoss, ValueLoss
+from pipeline.ppo import Learner
+from pipeline.rollout.collect import trained_scores
+from pipeline.rollout.rollout import Rollout, Sample, build_rollout, whiten_advantages
+from pipeline.training.ppo_state import PPOState
 from pipeline.training.processes import Processes
 
 import numpy as np
@@ -29,7 +35,19 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-class TableRoles(Roles):
+@dataclass(frozen=True)
+class Rows:
+    """A batch of `TableNetworks`: the number and the response's length of each sequence."""
+
+    rows: list[int]
+    lengths: list[int]
+    after: bool
+
+    def read(self, table: torch.Tensor, extra: int = 0) -> torch.Tensor:
+        return torch.cat([table[row, : n + extra] for row, n in zip(self.rows, self.lengths, strict=True)])
+
+
+class TableNetworks(Networks):
     """Log-probabilities and values are parameters themselves, so their gradients are the loss's own derivatives."""
 
     def __init__(self, logprobs: np.ndarray, values: np.ndarray):
@@ -38,14 +56,12 @@ class TableRoles(Roles):
         self.values = torch.nn.Parameter(torch.tensor(values))
         self.trained = {"policy": [self.logprobs], "value": [self.values]}
         self.parameters = {"policy": 1, "value": 1}
-        self.policy: Any = SimpleNamespace(forbidden=torch.tensor([], dtype=torch.long))
 
-    def passes(self, batch: Batch, train_policy: bool = True) -> Iterator[Batch]:
-        rows, width = batch["input_ids"][:, 0], batch["mask"].shape[1]  # a row's prompt is its number
-        if train_policy:
-            picked = self.logprobs[rows, :width]
-            yield {"logprobs": picked, "entropy": torch.zeros_like(picked)}
-        yield {"values": self.values[rows, :width]}
+    def accumulate_gradients(self, batch: Any, policy_loss: PolicyLoss | None, value_loss: ValueLoss) -> None:
+        if policy_loss is not None:
+            picked = batch.read(self.logprobs)
+            policy_loss(picked, torch.zeros_like(picked)).backward()
+        value_loss(batch.read(self.values, int(batch.after))).backward()
 
 
 def arguments(**changes: Any) -> PPOArguments:
@@ -79,27 +95,39 @@ def world(seed: int, width: int) -> dict[str, Any]:
     }
 
 
-def loop_of(args: PPOArguments, data: dict[str, Any]) -> Loop:
-    run: Any = SimpleNamespace(args=args, processes=Processes(), is_main=True)
-    encoder: Any = SimpleNamespace(eos_id=STOP, tokenizer=SimpleNamespace(pad_token_id=0))
-    accelerator: Any = SimpleNamespace(device=torch.device("cpu"))
-    roles = TableRoles(data["new"], data["new_values"])
-    return Loop(run, accelerator, roles, encoder, None, [], [], State(args.kl_coef))  # type: ignore[arg-type]
+def learner_of(args: PPOArguments, data: dict[str, Any]) -> tuple[Learner, TableNetworks]:
+    networks = TableNetworks(data["new"], data["new_values"])
+
+    def batch(prompt_ids: list[list[int]], response_ids: list[list[int]]) -> Rows:
+        rows = [ids[0] for ids in prompt_ids]  # a sequence's prompt is its number
+        return Rows(rows, [len(ids) for ids in response_ids], args.score_position == "after")
+
+    collector: Any = SimpleNamespace(networks=networks, batch=batch, device=torch.device("cpu"))
+    return Learner(args, Processes(), collector, None, PPOState(args.kl_coef)), networks
 
 
-def answers(args: PPOArguments, data: dict[str, Any]) -> list[dict[str, Any]]:
-    after = args.score_position == "after"
-    return [
-        {
-            "row": i,
-            "response": data["responses"][i],
-            "score": data["scores"][i],
-            "logprobs": data["old"][i, :n].tolist(),
-            "ref_logprobs": data["ref"][i, :n].tolist(),
-            "values": data["values"][i, : n + after].tolist(),
-        }
+def rollout_of(args: PPOArguments, data: dict[str, Any]) -> tuple[Rollout, float]:
+    """The rollout of the sampled data as it is trained on, and the standard deviation of its advantages before whitening."""
+    after = int(args.score_position == "after")
+    samples = [
+        Sample(
+            prompt=i,
+            prompt_ids=[i],
+            ids=data["responses"][i],
+            finished=bool(data["stopped"][i]),
+            score=float(data["scores"][i]),
+            score_parts={},
+            logprobs=torch.tensor(data["old"][i, :n]),
+            ref_logprobs=torch.tensor(data["ref"][i, :n]),
+            values=torch.tensor(data["values"][i, : n + after]),
+            sampled_logprobs=torch.tensor(data["old"][i, :n]),
+        )
         for i, n in enumerate(data["lengths"])
     ]
+    scores = trained_scores(samples, args, RunningMoments())
+    rollout = build_rollout(samples, scores, args.kl_coef if args.kl_estimator == "k1" else 0.0, args)
+    deviation = rollout.advantages.std(unbiased=False).item()
+    return whiten_advantages(rollout) if args.whiten_advantages else rollout, deviation
 
 
 def oracle(args: PPOArguments, data: dict[str, Any], minibatch: list[int]) -> dict[str, Any]:
@@ -189,63 +217,66 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(("options", "seed"), itertools.product(OPTIONS, (0, 1)))
-def test_d9_the_update_is_the_oracles(options: dict[str, Any], seed: int) -> None:
+def test_the_update_is_the_oracles(options: dict[str, Any], seed: int) -> None:
     args = arguments(**options)
     data = world(seed, width=6)
-    loop = loop_of(args, data)
-    rollout = loop.assemble([{"ids": [i]} for i in range(ROWS)], answers(args, data))
+    learner, networks = learner_of(args, data)
+    rollout, deviation = rollout_of(args, data)
     minibatch = [4, 0, 7, 1, 5]
     expected = oracle(args, data, minibatch)
     assert rollout.scores.tolist() == pytest.approx(expected["scores"].tolist(), rel=1e-9)
-    for i, n in enumerate(data["lengths"]):
-        wide = n + int(args.score_position == "after")
-        assert rollout.rewards[i, :wide].tolist() == pytest.approx(expected["rewards"][i], abs=1e-9)
-        assert rollout.advantages[i, :n].tolist() == pytest.approx(expected["advantages"][i], abs=1e-6)
-        assert rollout.returns[i, :wide].tolist() == pytest.approx(expected["returns"][i], abs=1e-9)
-        for name in ("rewards", "advantages", "returns"):
-            assert not getattr(rollout, name)[i, wide:].any(), "nothing past the end"
-    figures = loop.backward(rollout, minibatch)
-    assert figures["policy_loss"] == pytest.approx(expected["policy_loss"], abs=1e-9)
-    assert figures["value_loss"] == pytest.approx(expected["value_loss"], abs=1e-9)
-    roles: Any = loop.roles
-    assert np.abs(roles.logprobs.grad.numpy() - expected["policy_gradient"]).max() < 1e-6
-    assert np.abs(roles.values.grad.numpy() - expected["value_gradient"]).max() < 1e-6
+    assert rollout.rewards.tolist() == pytest.approx([r for row in expected["rewards"] for r in row], abs=1e-9)
+    assert rollout.returns.tolist() == pytest.approx([r for row in expected["returns"] for r in row], abs=1e-9)
+    assert rollout.advantages.tolist() == pytest.approx([a for row in expected["advantages"] for a in row], abs=1e-6)
+    kl_loss_coef = 0.0
+    if args.kl_estimator == "k2":
+        kl_loss_coef = args.kl_coef / ((deviation + 1e-8) if args.whiten_advantages else 1.0)
+    metrics = learner.accumulate_gradients(rollout.select(minibatch), kl_loss_coef=kl_loss_coef)
+    assert metrics["policy_loss"] == pytest.approx(expected["policy_loss"], abs=1e-9)
+    assert metrics["value_loss"] == pytest.approx(expected["value_loss"], abs=1e-9)
+    assert np.abs(networks.logprobs.grad.numpy() - expected["policy_gradient"]).max() < 1e-6
+    assert np.abs(networks.values.grad.numpy() - expected["value_gradient"]).max() < 1e-6
     assert np.abs(expected["policy_gradient"]).max() > 1e-3
 
 
-def test_d11_uneven_micro_batches_give_the_same_gradient() -> None:
-    """One minibatch whole, and as micro-batches of one to a few rows: a mean over tokens, not a mean of means (A28)."""
-    found = []
+def test_uneven_micro_batches_give_the_same_gradient() -> None:
+    """One minibatch whole, and as micro-batches of one to a few sequences: a mean over tokens, not a mean of means."""
+    gradients = []
     for tokens in (1, 9, 12, 10_000):
         args = arguments(micro_batch_tokens=tokens)
         data = world(3, width=6)
-        loop = loop_of(args, data)
-        rollout = loop.assemble([{"ids": [i]} for i in range(ROWS)], answers(args, data))
-        loop.backward(rollout, list(range(ROWS)))
-        roles: Any = loop.roles
-        found.append((roles.logprobs.grad.clone(), roles.values.grad.clone()))
-    for policy, value in found[1:]:
-        torch.testing.assert_close(policy, found[0][0], rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(value, found[0][1], rtol=1e-12, atol=1e-14)
+        learner, networks = learner_of(args, data)
+        learner.accumulate_gradients(rollout_of(args, data)[0])
+        gradients.append((networks.logprobs.grad.clone(), networks.values.grad.clone()))
+    for policy, value in gradients[1:]:
+        torch.testing.assert_close(policy, gradients[0][0], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(value, gradients[0][1], rtol=1e-12, atol=1e-14)
 
 
-def test_a24_garbage_after_the_end_changes_nothing() -> None:
-    """What networks say about padding, even NaN, reaches neither figures nor gradients."""
-    args = arguments()
+def test_selecting_sequences_keeps_their_own_tokens() -> None:
+    args = arguments(score_position="after")
     data = world(4, width=6)
-    clean = loop_of(args, data)
-    rollout = clean.assemble([{"ids": [i]} for i in range(ROWS)], answers(args, data))
-    expected, measured = clean.backward(rollout, list(range(ROWS))), rollout_figures(rollout)
-    dirty_data = {**data, "new": data["new"].copy(), "new_values": data["new_values"].copy()}
-    for i, n in enumerate(data["lengths"]):
-        dirty_data["new"][i, n:], dirty_data["new_values"][i, n:] = np.nan, 1e30
-        for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
-            getattr(rollout, name)[i, n:] = float("nan")
-    dirty = loop_of(args, dirty_data)
-    assert dirty.backward(rollout, list(range(ROWS))) == expected
-    assert rollout_figures(rollout) == measured
-    clean_roles: Any = clean.roles
-    dirty_roles: Any = dirty.roles
-    for i, n in enumerate(data["lengths"]):
-        assert torch.equal(dirty_roles.logprobs.grad[i, :n], clean_roles.logprobs.grad[i, :n])
-        assert torch.equal(dirty_roles.values.grad[i, :n], clean_roles.values.grad[i, :n])
+    rollout, _ = rollout_of(args, data)
+    picked = rollout.select([5, 2])
+    starts, value_starts = (
+        torch.cat([torch.zeros(1), x.cumsum(0)]).long() for x in (rollout.lengths, rollout.value_lengths)
+    )
+    expected = torch.cat([rollout.logprobs[starts[i] : starts[i + 1]] for i in (5, 2)])
+    assert torch.equal(picked.logprobs, expected)
+    expected = torch.cat([rollout.returns[value_starts[i] : value_starts[i + 1]] for i in (5, 2)])
+    assert torch.equal(picked.returns, expected)
+    assert picked.response_ids == [rollout.response_ids[5], rollout.response_ids[2]]
+
+
+def test_the_kl_of_an_update_is_that_of_the_old_policy_from_the_new() -> None:
+    """One token of 1,000 that loses 12 nats moves KL(old‖new) by 0.011 nats per token; the estimate must not explode."""
+    from pipeline.ppo import policy_loss
+    from pipeline.training.metric_sums import MetricSums
+
+    old = torch.full((1000,), -1.0)
+    new = old.clone()
+    new[0] -= 12.0
+    rollout: Any = SimpleNamespace(logprobs=old, advantages=torch.zeros(1000), ref_logprobs=old)
+    sums = MetricSums()
+    policy_loss(new, torch.zeros(1000), rollout, arguments(), kl_loss_coef=0.0, tokens=1000, sums=sums)
+    assert sums.over(Processes(), torch.device("cpu"))["update_kl"] == pytest.approx(0.011, abs=1e-3)

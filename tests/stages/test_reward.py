@@ -12,15 +12,19 @@ from typing import Any
 from helpers.launches import ROOT, environment, lineage, rlhf_here, tiny_flags
 from helpers.tiny_models import make_lm
 from pipeline import reward
-from pipeline.config.arguments import STAGES, DatasetEntry, RewardArguments, load
+from pipeline.config.reader import load
+from pipeline.config.reward import RewardArguments
+from pipeline.config.stages import STAGES
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
 from pipeline.data.encoding import ROLE_TEMPLATE, ChatEncoder
+from pipeline.data.entries import DatasetEntry
 from pipeline.data.records import parse_ranking
 from pipeline.data.splits import labeler_folds
 from pipeline.errors import UserError
-from pipeline.models.loading import assign_template, refuse_beyond_context
+from pipeline.models.loading import refuse_beyond_context
 from pipeline.models.reward_model import init_head, load_scalar_model
+from pipeline.models.tokenizers import assign_template
 from pipeline.reward import FEATURES, RankingTrainer, encode, tensors_only
 from pipeline.rollout.rewards import DISAGREEMENT, Part, Scorer, score
 from pipeline.training.stage import launch
@@ -284,9 +288,9 @@ def test_a_template_is_assigned_once() -> None:
 
 def test_unit_variance_over_the_parents_answers(scalar: Any, tokenizer: Any, tmp_path: Path) -> None:
     """Scores of answers sampled from the parent spread by 1: the very samples exactly, others nearly (Z19)."""
-    from pipeline.data.encoding import forbidden_ids
     from pipeline.data.sources import Source
     from pipeline.models.reward_model import score_ids
+    from pipeline.models.tokenizers import forbidden_token_ids
     from pipeline.reward import Split, _unit_variance
     from pipeline.rollout.rollout import LocalEngine, row_uniforms
 
@@ -305,7 +309,10 @@ def test_unit_variance_over_the_parents_answers(scalar: Any, tokenizer: Any, tmp
     room = 110 - max(map(len, ids))
     policy = make_lm("llama", tokenizer)
     engine = LocalEngine(
-        room, [encoder.eos_id], tokenizer.pad_token_id, forbidden_ids(tokenizer, policy.config.vocab_size)
+        room,
+        [encoder.eos_id],
+        tokenizer.pad_token_id,
+        forbidden_token_ids(tokenizer, policy.config.vocab_size, [encoder.eos_id]),
     )
     for seed, tolerance in ((0, 1e-4), (1, 0.2)):
         answers = engine.responses(policy, ids, row_uniforms(seed, range(len(ids)), room))

@@ -71,7 +71,7 @@ def test_ppo_leaves_tables_and_one_wandb_run(
     """A stage that was interrupted writes both of its parts under one id, each evaluation with its table."""
     from helpers.launches import tiny_flags
     from pipeline import ppo
-    from pipeline.config.arguments import STAGES
+    from pipeline.config.stages import STAGES
     from pipeline.training.stage import launch
 
     import wandb

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config.arguments import STAGES
+from pipeline.config.stages import STAGES
 from pipeline.errors import UserError
 from pipeline.training import history, progress
 from pipeline.training.progress import Progress, duration
@@ -73,7 +73,6 @@ def test_a_run_that_diverged_is_not_complete(
         assert ended.value.code == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
-        assert "pretrain: " in errors[0]
         assert "training diverged" in errors[0]
         assert "lower learning_rate" in errors[0]
         assert " step" in errors[0]
@@ -162,7 +161,7 @@ def test_a_secret_is_no_trainer_option(tmp_path: Path, option: str, capsys: pyte
     with pytest.raises(SystemExit) as ended:
         pretrain(tmp_path, trainer_options={option: "hf_secretsecretsecretsecret"})
     assert ended.value.code == 2
-    assert "log in with `hf auth login` instead" in capsys.readouterr().err
+    assert "would be written to lineage.json" in capsys.readouterr().err
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or b"secretsecret" not in path.read_bytes(), path
 
@@ -193,7 +192,7 @@ def test_a_run_that_failed_after_its_last_step_takes_no_further_one(tmp_path: Pa
     in_the_way = out / "model.safetensors"
     in_the_way.mkdir(parents=True)  # the weights cannot be saved
     (out / ".lock").touch()
-    with pytest.raises(Exception, match="model.safetensors|directory"):
+    with pytest.raises(Exception, match=r"model\.safetensors|directory"):
         pretrain(tmp_path / "failed", **changes)
     steps = json.loads((whole / "lineage.json").read_text())["metrics"]["steps"]
     assert (out / f"checkpoint-{steps}" / "manifest.json").is_file()

@@ -1,0 +1,66 @@
+"""What no step of a stage can show: packages, trackers, sharding, room on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.commands.stand_ins import own_config
+from pipeline.config.stages import check_sharding
+from pipeline.errors import UserError
+from pipeline.planning.sizing import parameters
+from pipeline.training.launcher import accelerate_config
+from pipeline.training.trackers import installed, wandb_login
+
+ADAM_BYTES = 12  # of each parameter in a checkpoint: fp32 weight and both moments
+
+
+def sharding_of(accelerate: str | None) -> str | None:
+    """FSDP or DEEPSPEED where an accelerate config file says so."""
+    kind = accelerate_config(accelerate).get("distributed_type") if accelerate else None
+    return kind if kind in ("FSDP", "DEEPSPEED") else None
+
+
+def check_surroundings(name: str, args: Any, sharding: str | None) -> list[str]:
+    """Refuse what would keep the stage from starting; returns warnings.
+
+    Raises:
+        UserError: a package is not installed, or the stage does not run sharded.
+    """
+    check_sharding(name, args, sharding)
+    needed = {"deepspeed": sharding == "DEEPSPEED"}
+    needed["bitsandbytes"] = bool(getattr(args, "quantization", None)) or getattr(args, "optimizer", "") == "adamw_8bit"
+    for tracker in args.trackers:
+        needed[tracker] = True
+    for package, wanted in needed.items():
+        if wanted and not installed(package):
+            raise UserError(f"{name}: {package} is not installed; pip install {package}, or drop what asks for it")
+    warnings = _disk(name, args)
+    if "wandb" in args.trackers and not wandb_login():
+        warnings.append("wandb has no log-in here and will write offline; run `wandb login` or set WANDB_API_KEY")
+    return warnings
+
+
+def _disk(name: str, args: Any) -> list[str]:
+    """A warning where the stage's weights and checkpoints would not fit on the disk that it writes to."""
+    try:
+        config = own_config(args)
+    except (UserError, OSError, ValueError):
+        return []
+    if config is None:
+        return []
+    size = parameters(config).total
+    networks = 2 if name == "ppo" else 1  # policy and value
+    needed = ADAM_BYTES * size * networks * (args.keep_checkpoints + 1)  # one more is being written
+    needed += 4 * size * networks
+    place = Path(args.output_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free >= needed:
+        return []
+    return [
+        f"the disk of {args.output_dir} has {free / 2**30:,.1f} GiB free; weights and {args.keep_checkpoints + 1} checkpoints need "
+        f"{needed / 2**30:,.1f} GiB; free some, or point output_dir elsewhere"
+    ]

@@ -1,0 +1,41 @@
+"""Keys of the pretrain stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.keys import key
+from pipeline.config.trainer import TrainerArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """A byte-level BPE trained on the corpora; special tokens are pad, eos and one per role, all distinct."""
+
+    vocab_size: int = key(1024, "size, special tokens included", 270, 1_000_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainArguments(TrainerArguments):
+    """Causal language model from nothing, or further training of a checkpoint, on plain text."""
+
+    parent: str | None = key(
+        None, "checkpoint to continue from; without one the model starts from nothing", group="Model", path=True
+    )
+    config_class: str = key("LlamaConfig", "transformers config class of a new model, e.g. LlamaConfig, GPT2Config")
+    model_config: dict[str, Any] = key({}, "sizes of a new model, by the config class's own names")
+    tokenizer: str | None = key(None, "existing tokenizer (folder or Hub id) instead of training one", path=True)
+    train_tokenizer: TokenizerOptions | None = key(None, "train a byte-level BPE on the corpora")
+    block_tokens: int = key(256, "tokens in one packed block; documents are kept apart inside it", 8, 1e7)
+    learning_rate: float = key(1e-3, "peak learning rate", 0, 10)
+    epochs: float = key(1.0, "passes over the mixture", 1e-6, 1e5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parent is None and self.tokenizer is None and self.train_tokenizer is None:
+            raise ValueError("a new model needs `train_tokenizer:` (trains one) or `tokenizer:` (takes one)")
+        if self.parent is not None and (self.train_tokenizer is not None or self.tokenizer is not None):
+            raise ValueError(
+                "a continued checkpoint keeps its tokenizer; drop `tokenizer:`/`train_tokenizer:` or `parent:`"
+            )

@@ -1,0 +1,38 @@
+"""What a recipe says about one dataset; read by `pipeline.config` like every other key of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetEntry:
+    """One dataset of a recipe: a file or card folder under `--data-root`, or a dataset id on the Hub."""
+
+    path: str | None = field(
+        default=None,
+        metadata={"help": "file (.jsonl, .jsonl.gz, .parquet, .txt) or folder with a dataset card", "path": True},
+    )
+    hub: str | None = field(default=None, metadata={"help": "dataset id on the Hub, instead of path"})
+    name: str | None = field(default=None, metadata={"help": "name in reports; default: the last part of path or hub"})
+    subset: str | None = field(default=None, metadata={"help": "configuration name of a Hub dataset"})
+    split: str = field(default="train", metadata={"help": "split of a card folder or Hub dataset"})
+    revision: str | None = field(default=None, metadata={"help": "revision of a Hub dataset"})
+    columns: dict[str, str] | None = field(default=None, metadata={"help": "column map: our name → the file's name"})
+    weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of the mixture; without weights every row is seen once per epoch",
+            "low": 1e-9,
+            "high": 1e9,
+        },
+    )
+    max_rows: int | None = field(
+        default=None, metadata={"help": "use only the first rows, for short runs", "low": 1, "high": 1e12}
+    )
+    document_separator: str | None = field(
+        default=None, metadata={"help": "text that separates the documents of a .txt file"}
+    )
+    response_suffix: str | None = field(
+        default=None, metadata={"help": "literal end mark that the file's responses carry; removed and counted"}
+    )

@@ -1,0 +1,113 @@
+"""What is relied on about a model is tried on that very model at a stage's start, and on a small copy of it.
+
+The small copy has attention windows that are shorter than the sequences tried, which the model itself may not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.models.packed import PACKED, SequenceBatch, hidden_states, pack, pad
+from pipeline.models.shrink import has_window, small_copy
+
+import torch
+from torch import Tensor
+
+LENGTHS = (3, 12, 7)
+TOLERANCE = 1e-4  # relative, fp32
+QUANTISED_TOLERANCE = 2e-2  # a quantised base computes in bf16
+
+
+def enable_packed_attention(model: Any) -> bool:
+    """Let the model take packed sequences (`packed.pack`), if a test forward pass gives what padded sequences give.
+
+    Returns:
+        whether it does; if not (its attention is its own, or it carries a state along the sequence), the model is left
+        as it was.
+    """
+    if not _can_switch_attention(model):
+        return False
+    small = small_copy(model.config)
+    if small is None and has_window(model.config):
+        return False
+    if small is not None and not (_can_switch_attention(small) and _switch_if_equal(small)):
+        return False
+    return _switch_if_equal(model)
+
+
+def _can_switch_attention(model: Any) -> bool:
+    return bool(model._supports_sdpa and model._can_set_attn_implementation())
+
+
+def _switch_if_equal(model: Any) -> bool:
+    before = model.config._attn_implementation
+    sequences = _sequences(model)
+    padded = _states(model, sequences, pad(sequences, 0))
+    model.set_attn_implementation(PACKED)
+    try:
+        equal = _close(_states(model, sequences, pack(sequences, 0)), padded, model)
+    except (TypeError, ValueError, RuntimeError, IndexError):  # an architecture that does not take the layout
+        equal = False
+    if not equal:
+        model.set_attn_implementation(before)
+    return equal
+
+
+def isolates_packed_documents(model: Any) -> bool:
+    """Whether documents that share a row, told apart by position ids that restart at 0, get the states that they get alone.
+
+    Tried without an attention mask and without a cache, as packed rows are trained.
+    """
+    small = small_copy(model.config)
+    if small is None and has_window(model.config):
+        return False
+    return all(_isolates(candidate) for candidate in (small, model) if candidate is not None)
+
+
+def _isolates(model: Any) -> bool:
+    sequences = _sequences(model)
+    ids = torch.tensor([[token for row in sequences for token in row]])
+    positions = torch.tensor([[position for row in sequences for position in range(len(row))]])
+    device = next(model.parameters()).device
+    with _evaluating(model), torch.no_grad():
+        try:
+            together = model.base_model(
+                input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False
+            ).last_hidden_state[0]
+            alone = [
+                model.base_model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in sequences
+            ]
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return False
+    return _close(together, torch.cat([output.last_hidden_state[0] for output in alone]), model)
+
+
+def _sequences(model: Any) -> list[list[int]]:
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return [[(7 * i + 5) % vocabulary for i in range(n, 2 * n)] for n in LENGTHS]
+
+
+def _states(model: Any, sequences: Sequence[Sequence[int]], batch: SequenceBatch) -> Tensor:
+    device = next(model.parameters()).device
+    with _evaluating(model), torch.no_grad():
+        states = hidden_states(model.base_model, batch.to(device))
+    starts = batch.starts.tolist()
+    return torch.cat([states[start : start + len(row)] for start, row in zip(starts, sequences, strict=True)])
+
+
+def _close(one: Tensor, other: Tensor, model: Any) -> bool:
+    tolerance = QUANTISED_TOLERANCE if getattr(model, "quantization_method", None) is not None else TOLERANCE
+    return bool((one.float() - other.float()).norm() <= tolerance * other.float().norm())
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside, the former mode afterwards: dropout would part any two passes."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

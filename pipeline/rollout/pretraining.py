@@ -1,0 +1,63 @@
+"""PPO-ptx: a language-modelling loss on pretraining text beside PPO's (InstructGPT, section 3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.batching import epoch_permutation_indices, microbatches
+from pipeline.data.collators import BlockCollator
+from pipeline.data.encoding import IGNORE
+from pipeline.data.packing import Block
+from pipeline.models.networks import Networks
+from pipeline.models.precision import DevicePlan
+from pipeline.training.processes import Processes
+
+import torch
+
+
+@dataclass(frozen=True)
+class PretrainingText:
+    """Packed blocks of documents, and what their loss needs.
+
+    blocks: rows of documents; epoch: one pass over the mixture, as positions among the blocks.
+    isolated: whether the model keeps documents of one block apart; where not, each block holds one document.
+    """
+
+    blocks: Sequence[Block]
+    epoch: Sequence[int]
+    isolated: bool
+    args: Any
+    networks: Networks
+    plan: DevicePlan
+    processes: Processes
+    collate: BlockCollator
+    device: torch.device
+
+    def accumulate_gradients(self, prompts: int, step: int) -> tuple[float, float]:
+        """Add the gradients of ptx_coef × the mean negative log-likelihood of this step's tokens in all processes.
+
+        Args:
+            prompts: of the minibatch; `ptx_ratio` blocks are taken per prompt.
+            step: number of the policy's optimizer step, which decides the blocks.
+
+        Returns:
+            the mean negative log-likelihood, nats per token; floating-point operations.
+        """
+        args = self.args
+        number = max(1, round(args.ptx_ratio * prompts))
+        drawn = epoch_permutation_indices(len(self.epoch), step * number, number, args.seed + 1)
+        chosen = [self.epoch[i] for i in drawn]
+        tokens = sum(label != IGNORE for i in chosen for label in self.blocks[i]["labels"][1:])
+        total = torch.zeros(1, dtype=torch.float64)
+        lengths = [len(block["input_ids"]) for block in self.blocks]
+        for rows in microbatches(lengths, self.processes.share(chosen), args.micro_batch_tokens):
+            batch = {name: x.to(self.device) for name, x in self.collate([self.blocks[i] for i in rows]).items()}
+            positions = batch["position_ids"] if self.isolated else None
+            with self.plan.autocast():
+                nll = self.networks.policy.text_nll(batch["input_ids"], positions, batch["labels"])
+            (args.ptx_coef * nll / tokens).backward()
+            total += nll.detach().double().cpu()
+        flops = 6.0 * tokens * self.networks.parameters["policy"]
+        return (self.processes.sum(total) / tokens).item(), flops

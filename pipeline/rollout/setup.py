@@ -1,0 +1,241 @@
+"""What a PPO run starts from and leaves: inputs opened and verified, networks and rewards built, the result saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.functions import import_function, source_sha256
+from pipeline.config.stages import REWARD_PARENTS, SUPPORT
+from pipeline.data.collators import BlockCollator
+from pipeline.data.encoding import ChatEncoder, document_ids
+from pipeline.data.mixing import mixture_indices
+from pipeline.data.packing import pack_documents
+from pipeline.data.sources import Source, fingerprint, read_sources
+from pipeline.errors import UserError
+from pipeline.models.adapter_networks import AdapterNetworks
+from pipeline.models.build_networks import NetworkInputs, build_networks, refuse_other_base
+from pipeline.models.precision import device_plan
+from pipeline.models.tokenizers import load_tokenizer, require_pad, set_stop_tokens, stop_token_ids
+from pipeline.models.trials import isolates_packed_documents
+from pipeline.rollout.collect import Collector
+from pipeline.rollout.engine import LocalEngine, SamplingSettings
+from pipeline.rollout.evaluation import Evaluation
+from pipeline.rollout.pretraining import PretrainingText
+from pipeline.rollout.prompts import PromptSet, prepare_prompts
+from pipeline.rollout.rewards import DISAGREEMENT, ScoringSetup, build_scorer, identity, judge_labels, part_names
+from pipeline.training.json_files import write_json
+from pipeline.training.lineage import Parent, read_lineage, verify_parent
+from pipeline.training.ppo_state import BEST
+from pipeline.training.run import Run
+
+import torch
+from accelerate import Accelerator
+from transformers import GenerationConfig
+
+
+@dataclass(frozen=True)
+class PPOInputs:
+    """The recipe's inputs, opened and verified.
+
+    judges: names of Python judges by their labels. stop_ids: tokens that end a response.
+    """
+
+    accelerator: Accelerator
+    parent: Parent
+    rewards: list[Parent]
+    sources: list[Source]
+    eval_sources: list[Source]
+    ptx_sources: list[Source]
+    encoder: ChatEncoder
+    prompts: PromptSet
+    judges: dict[str, str]
+    stop_ids: list[int] = field(default_factory=list)
+
+
+def open_inputs(run: Run[Any]) -> PPOInputs:
+    """Everything that can be refused before a model is loaded is refused here."""
+    args = run.args
+    accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=not torch.cuda.is_available())
+    _check_processes(accelerator, args)
+    parent = verify_parent(args.parent, SUPPORT["ppo"].parents)
+    rewards = [verify_parent(source.model, REWARD_PARENTS) for source in args.reward if source.model is not None]
+    sources = read_sources(args.datasets, "prompt", args.data_root)
+    eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root)
+    ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root)
+    tokenizer = load_tokenizer(parent.path)
+    parent.check_tokenizer(tokenizer)
+    require_pad(tokenizer, args.parent)
+    encoder = ChatEncoder(tokenizer)
+    judges = judge_labels(args.judges)
+    _check_best_metric(args, list(judges))
+    if args.roles == "adapters":
+        for reward in rewards:
+            refuse_other_base(reward.path, read_lineage(Path(reward.path)) or {}, parent.weights_sha256, parent.path)
+    run.output.inputs = {
+        "parent": parent.as_inputs(tokenizer),
+        "reward": identity(args.reward),
+        "judges": [source_sha256(import_function(name)) for name in judges.values()],
+        "data": fingerprint([*sources, *eval_sources, *ptx_sources]),
+    }
+    prompts = prepare_prompts(sources, eval_sources, encoder, args)
+    stop_ids = stop_token_ids(encoder, _generation_config(parent.path), args.stop_tokens)
+    return PPOInputs(
+        accelerator, parent, rewards, sources, eval_sources, ptx_sources, encoder, prompts, judges, stop_ids
+    )
+
+
+def _generation_config(path: str) -> GenerationConfig | None:
+    return GenerationConfig.from_pretrained(path) if (Path(path) / "generation_config.json").is_file() else None
+
+
+def _check_processes(accelerator: Accelerator, args: Any) -> None:
+    processes = accelerator.num_processes
+    if args.prompts_per_rollout % processes:
+        raise UserError(
+            f"prompts_per_rollout ({args.prompts_per_rollout}) must be a multiple of the {processes} processes"
+        )
+    minibatch = args.prompts_per_rollout // args.minibatches
+    if minibatch < processes:
+        raise UserError(f"a minibatch of {minibatch} prompts is less than one per process; lower minibatches")
+
+
+def _check_best_metric(args: Any, judges: Sequence[str]) -> None:
+    """`best_metric` names what evaluations will measure, or the run ends before it starts."""
+    parts = [*part_names(args.reward), *([DISAGREEMENT] if args.ensemble != "sum" else [])]
+    known = ["score", *judges, *(f"score_{part}" for part in parts)]
+    if args.best_metric is not None and args.best_metric not in known:
+        raise UserError(f"best_metric: no evaluation measures {args.best_metric!r}; one of {', '.join(known)}")
+
+
+def prepare_collector(inputs: PPOInputs, run: Run[Any]) -> Collector:
+    """Networks, engine and scorer on the device."""
+    args, encoder, device = run.args, inputs.encoder, inputs.accelerator.device
+    plan = device_plan(device.type, args.precision)
+    networks = build_networks(
+        NetworkInputs(args, inputs.parent.path, [reward.path for reward in inputs.rewards], encoder, inputs.stop_ids),
+        plan,
+        device,
+    )
+    loaded = (
+        {networks.reward_path: networks.reward} if isinstance(networks, AdapterNetworks) and networks.reward else {}
+    )
+    setup = ScoringSetup(encoder, device, inputs.stop_ids, plan.autocast, plan.cast_frozen_to_bf16, loaded)
+    settings = SamplingSettings(
+        max_new_tokens=args.max_response_tokens,
+        stop_ids=inputs.stop_ids,
+        forbidden_ids=networks.policy.forbidden.tolist(),
+        pad_id=encoder.tokenizer.pad_token_id,
+        temperature=args.temperature,
+        rows=args.generation_rows,
+    )
+    return Collector(
+        args=args,
+        processes=run.processes,
+        encoder=encoder,
+        networks=networks,
+        engine=LocalEngine(settings),
+        scorer=build_scorer(args.reward, setup, args.ensemble, args.ensemble_penalty),
+        stop_ids=inputs.stop_ids,
+        plan=plan,
+        device=device,
+    )
+
+
+def prepare_pretraining(inputs: PPOInputs, collector: Collector) -> PretrainingText | None:
+    """The blocks of `ptx_datasets`, or None without them."""
+    if not inputs.ptx_sources:
+        return None
+    args, tokenizer = collector.args, inputs.encoder.tokenizer
+    isolated = isolates_packed_documents(collector.networks.policy.model)
+    parts = []
+    for source in inputs.ptx_sources:
+        documents = document_ids(tokenizer, [record["text"] for record in source.records])
+        groups = [documents] if isolated else [[document] for document in documents]
+        parts.append([block for group in groups for block in pack_documents(group, args.ptx_block_tokens)])
+    epoch = mixture_indices([len(part) for part in parts], [s.weight for s in inputs.ptx_sources], args.seed)
+    return PretrainingText(
+        blocks=[block for part in parts for block in part],
+        epoch=epoch,
+        isolated=isolated,
+        args=args,
+        networks=collector.networks,
+        plan=collector.plan,
+        processes=collector.processes,
+        collate=BlockCollator(tokenizer.pad_token_id),
+        device=collector.device,
+    )
+
+
+def save_result(training: Any, run: Run[Any], evaluation: Evaluation) -> None:
+    """Weights, samples, metrics, lineage, and one line on the terminal.
+
+    Args:
+        training: of `ppo.prepare`.
+    """
+    args, inputs, state = run.args, training.inputs, training.state
+    metrics: dict[str, Any] = {name.removeprefix("eval_"): value for name, value in evaluation.metrics.items()}
+    metrics |= {
+        "rollouts": state.rollout,
+        "episodes": state.rollout * args.prompts_per_rollout,
+        "policy_steps": state.policy_steps,
+        "value_steps": state.value_steps,
+        "kl_coef": state.kl_coef,
+    }
+    if state.best_rollout is not None:
+        metrics |= {"best_rollout": state.best_rollout, f"best_{args.best_metric}": state.best}
+    if state.ended:
+        metrics["ended"] = state.ended
+    folder = Path(args.output_dir)
+    if run.is_main:
+        _save_models(training.learner.average, training.collector, folder)
+        write_json(folder / "samples.json", evaluation.samples)
+    best = f", best at rollout {state.best_rollout}" if state.best_rollout is not None else ""
+    run.finish(
+        parents=[inputs.parent.record(), *(reward.record() for reward in inputs.rewards)],
+        datasets=[s.provenance() for s in [*inputs.sources, *inputs.eval_sources, *inputs.ptx_sources]],
+        tokenizer=inputs.encoder.tokenizer,
+        metrics=metrics,
+        flops=state.flops,
+        resumed_from=training.resumed,
+        summary=f"held-out score {metrics['score']:.3f} (SFT {metrics['reference_score']:.3f}) at a KL of {metrics['kl']:.2f} nats, "
+        f"{metrics['response_tokens']:.1f} tokens per response, {metrics['stopped']:.0%} stopped{best}",
+    )
+    if run.is_main:
+        (folder / BEST).unlink(missing_ok=True)  # not before lineage.json stands: a killed run needs it again
+    inputs.accelerator.end_training()  # last: it also ends the process group
+
+
+def _save_models(average: list[torch.Tensor] | None, collector: Collector, folder: Path) -> None:
+    """Policy to `folder`, value model to `value/`, the policy's moving average to `ema/`; each loads in plain transformers."""
+    networks, args = collector.networks, collector.args
+    model, tokenizer = networks.policy.model, collector.encoder.tokenizer
+    model.generation_config.update(
+        do_sample=True,
+        temperature=args.temperature,
+        max_new_tokens=args.max_response_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    set_stop_tokens(model, collector.stop_ids)
+    networks.save_policy(folder)
+    networks.save_value(folder / "value")
+    folders = [folder]
+    if average is not None:
+        trained = networks.trained["policy"]
+        current = [parameter.detach().clone() for parameter in trained]
+        _copy(trained, average)
+        networks.save_policy(folder / "ema")
+        _copy(trained, current)
+        folders.append(folder / "ema")
+    for target in folders:
+        tokenizer.save_pretrained(target)
+        model.generation_config.save_pretrained(target)
+    tokenizer.save_pretrained(folder / "value")
+
+
+@torch.no_grad()
+def _copy(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Tensor]) -> None:
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.copy_(tensor)

@@ -1,0 +1,83 @@
+"""What a PPO run must remember, and its resumable checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.algorithms.ppo import RunningMoments
+from pipeline.training.checkpoints import writing
+from pipeline.training.json_files import write_json
+from pipeline.training.output_folder import StageOutput
+from pipeline.training.processes import Processes
+
+import torch
+
+BEST = "best.pt"
+TENSORS, STATE = "tensors.pt", "state.json"
+
+
+@dataclass
+class PPOState:
+    """Everything of a run that is no tensor.
+
+    rollout: rollouts done. policy_steps, value_steps: optimizer steps. flops: floating-point operations of training.
+    moments: of the scores, for `scale_scores`. best: the best value of `best_metric`. ended: why the run ended early.
+    """
+
+    kl_coef: float
+    rollout: int = 0
+    policy_steps: int = 0
+    value_steps: int = 0
+    flops: float = 0.0
+    moments: RunningMoments = field(default_factory=RunningMoments)
+    best: float | None = None
+    best_rollout: int | None = None
+    evaluations_since_best: int = 0
+    ended: str | None = None
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> PPOState:
+        values = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        return cls(**{**values, "moments": RunningMoments(**values["moments"])})
+
+
+def save_checkpoint(output: StageOutput, state: PPOState, tensors: Mapping[str, Any], processes: Processes) -> None:
+    """A resumable checkpoint at a rollout's boundary, written beside and renamed into place.
+
+    Args:
+        tensors: state dictionaries by name; each process's random state is added.
+    """
+    random = processes.gather(lambda: [torch.get_rng_state()])
+    if processes.is_main:
+        with writing(output.folder / f"checkpoint-{state.rollout}") as folder:
+            torch.save({**tensors, "random": random}, folder / TENSORS)
+            write_json(folder / STATE, asdict(state))
+            output.seal(folder)
+        output.prune(output.recipe["keep_checkpoints"])
+    processes.barrier()
+
+
+def load_checkpoint(checkpoint: Path, processes: Processes) -> dict[str, Any]:
+    """The tensors of a checkpoint on the CPU; this process's random state is set where the number of processes is the same."""
+    saved: dict[str, Any] = torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
+    random = saved.pop("random")
+    if len(random) == processes.count:
+        torch.set_rng_state(random[processes.rank])
+    return saved
+
+
+def save_best(folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Keep the networks of the best evaluation beside the checkpoints, until the run has finished."""
+    temporary = folder / (BEST + ".tmp")
+    torch.save(dict(tensors), temporary)
+    os.replace(temporary, folder / BEST)
+
+
+def load_best(folder: Path) -> dict[str, Any]:
+    best: dict[str, Any] = torch.load(folder / BEST, map_location="cpu", weights_only=True)
+    return best

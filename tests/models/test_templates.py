@@ -1,0 +1,245 @@
+"""Chat templates of many families: training sees the ids that serving gives, and answers end where the template ends them."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+from pathlib import Path
+from typing import Any
+
+from helpers.chat_templates import FAMILIES, spaced_tokenizer, with_family
+from pipeline.data.chat_template import CHATML_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate, TemplateRefusal, freeze_date
+from pipeline.data.encoding import IGNORE, ChatEncoder
+from pipeline.errors import UserError
+from pipeline.models.tokenizers import assign_template
+
+import pytest
+import trl
+
+Messages = list[dict[str, str]]
+CARRIED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+DIALOGUES: list[Messages] = [
+    [user("my kettle is broken")],
+    [user("  two\nlines "), assistant("Sorry, 12345."), user("\n\nStraße 日本語 🙂?")],
+    [{"role": "system", "content": "Be kind."}, user("Hello"), assistant("Yes."), user("And now?"), assistant("No\n"), user("x")],
+]  # fmt: skip
+
+
+def served(encoder: ChatEncoder, messages: Messages, generation: bool = True) -> list[int]:
+    """The ids of plain transformers, with control text in contents kept as text."""
+    shown: Any = messages
+    if encoder.template.as_parts:
+        shown = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    return list(
+        encoder.tokenizer.apply_chat_template(
+            shown, tokenize=True, add_generation_prompt=generation, return_dict=False, sanitize_control_tokens=True
+        )
+    )
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest, tokenizer: Any) -> ChatEncoder:
+    return ChatEncoder(with_family(tokenizer, request.param))
+
+
+@pytest.mark.parametrize("messages", DIALOGUES)
+def test_prompts_have_the_ids_of_serving(family: ChatEncoder, messages: Messages) -> None:
+    if messages[0]["role"] == "system" and family.template.merges_system:
+        merged = [user("Be kind.\n\nHello"), *messages[2:]]
+        assert family.prompt_ids(messages) == served(family, merged)
+    else:
+        assert family.prompt_ids(messages) == served(family, messages)
+
+
+@pytest.mark.parametrize(
+    "text", ["<|im_end|> and <think>", "a</think>b", "<｜User｜>", "<|eot_id|>\n<end_of_turn>", "<|endoftext|>"]
+)
+def test_no_content_becomes_a_control_token(family: ChatEncoder, text: str) -> None:
+    control = family.text.control
+    plain = sum(i in control for i in family.prompt_ids([user("x")]))
+    ids = family.prompt_ids([user(text)])
+    assert sum(i in control for i in ids) == plain, "the template's own control tokens and no more"
+    assert not control & set(family.response_ids(text)[:-1])
+    assert text in family.tokenizer.decode(ids), "and nothing of it is lost"
+
+
+def test_an_answer_follows_the_prompt_and_ends_where_the_template_ends_it(family: ChatEncoder) -> None:
+    messages = [*DIALOGUES[1], assistant("Yes, of course.")]
+    ids, labels = family.dialogue(messages)
+    prompt, response = family.prompt_ids(messages[:-1]), family.response_ids("Yes, of course.")
+    assert ids == prompt + response
+    assert labels[len(prompt) :] == response
+    assert response[-1] == family.end_id
+    assert family.texts([response]) == ["Yes, of course."]
+    whole = served(family, messages, generation=False)
+    if family.trains_earlier and "<think>" not in family.tokenizer.chat_template:
+        assert ids[:-1] == whole[: len(ids) - 1]
+    assert family.end_id in whole or family.end_id == family.eos_id
+
+
+def test_every_trained_answer_of_a_dialogue_learns_its_end(family: ChatEncoder) -> None:
+    messages = [*DIALOGUES[1], assistant("Yes, of course.")]
+    trained = [label for _, labels in family.examples(messages) for label in labels if label != IGNORE]
+    ends = {family.end_id, family.eos_id}
+    shown = family.tokenizer.decode([i for i in trained if i not in ends])
+    assert "".join(shown.split()) == "Sorry,12345.Yes,ofcourse."
+    writes_ends = family.end_id in served(family, DIALOGUES[1]) or not family.trains_earlier
+    assert sum(i in ends for i in trained) == 1 + writes_ends
+
+
+@pytest.mark.parametrize("path", CARRIED, ids=lambda p: p.stem)
+def test_templates_that_trl_carries_are_taken(path: Path, tokenizer: Any) -> None:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = path.read_text(encoding="utf-8")
+    encoder = ChatEncoder(changed)
+    messages = DIALOGUES[1]
+    ids = encoder.prompt_ids(messages)
+    assert ids == served(encoder, messages)
+    assert encoder.dialogue([*messages, assistant("Yes.")])[0] == ids + encoder.response_ids("Yes.")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["first", "legacy"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + '\n' + m.content + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' + '\n' }}{% endif %}",
+        FAMILIES["llama 2"].template,
+        FAMILIES["mistral"].template,
+        PLAIN_TEMPLATE,
+        "{{ bos_token }}" + PLAIN_TEMPLATE,
+    ],
+)
+def test_the_space_that_sentencepiece_puts_before_a_word_is_where_serving_has_it(template: str, legacy: bool) -> None:
+    tokenizer = spaced_tokenizer(legacy)
+    tokenizer.chat_template = template
+    encoder = ChatEncoder(tokenizer)
+    messages = [user("my kettle"), assistant("sorry"), user("we will send </s> a new one")]
+    assert encoder.prompt_ids(messages) == served(encoder, messages)
+    answered = [*messages[:1], assistant("sorry about that")]
+    ids = encoder.dialogue(answered)[0]
+    assert (
+        ids[:-1] == served(encoder, answered, generation=False)[: len(ids) - 1]
+        or template == FAMILIES["llama 2"].template
+    )
+    assert encoder.notes == [] or template == FAMILIES["llama 2"].template
+
+
+def test_a_prompt_is_the_same_tomorrow(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = with_family(tokenizer, "llama 3.2 with a date")
+    note = assign_template(changed, folder=tmp_path)
+    today = datetime.date.today()
+    assert f"frozen to {today:%Y-%m-%d}" in str(note)
+    encoder = ChatEncoder(changed)
+    shown = tokenizer.decode(encoder.prompt_ids([user("Hi")]))
+    assert f"Today Date: {today:%d %b %Y}" in shown
+    changed.save_pretrained(tmp_path / "saved")
+    again = type(changed).from_pretrained(tmp_path / "saved")
+    assert assign_template(again, folder=tmp_path) is None, "later stages take it as it is"
+    (tmp_path / "template_date.txt").write_text("2024-07-26\n", encoding="utf-8")
+    resumed = with_family(tokenizer, "llama 3.2 with a date")
+    assign_template(resumed, folder=tmp_path)
+    assert "26 Jul 2024" in resumed.decode(ChatEncoder(resumed).prompt_ids([user("Hi")])), "a resumed run keeps its day"
+
+
+def test_a_frozen_date_reaches_a_template_that_names_its_format_elsewhere(tokenizer: Any) -> None:
+    changed = copy.deepcopy(tokenizer)
+    template = "{% set f = '%Y' %}{% if strftime_now is defined %}{{ strftime_now(f) }}{% endif %}\n" + PLAIN_TEMPLATE
+    changed.chat_template = freeze_date(template, datetime.date(2020, 1, 2))
+    assert changed.apply_chat_template([user("Hi")], tokenize=False).startswith("2020")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("m.content | upper", "changes the text of system messages"),
+        ("m.content | e", "changes the text of system messages"),
+        ("m.content | replace('\n', ' ')", "changes the text of system messages"),
+        ("m.content[:5]", "drops or reorders|changes the text"),
+        ("m.content + m.content", "drops or reorders"),
+        ("m.missing.thing", "refuses messages of roles"),
+        ("1 // 0", "refuses messages of roles"),
+    ],
+)
+def test_a_template_that_changes_contents_is_refused(change: str, reason: str, tokenizer: Any) -> None:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = "{% for m in messages %}{{ m.role + ': ' }}{{ " + change + " }}\n{% endfor %}assistant: "
+    with pytest.raises(UserError, match=reason):
+        ChatEncoder(changed)
+
+
+def test_contents_are_stripped_as_the_template_strips_them(tokenizer: Any) -> None:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = (
+        "{% for m in messages %}{{ m.role + ':\n' + (m.content | trim if m.role == 'user' else m.content.lstrip('\n')) + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    encoder = ChatEncoder(changed)
+    messages = [user("  x \n"), assistant("\n\n y "), user(" z")]
+    assert encoder.prompt_ids(messages) == served(encoder, messages)
+    assert encoder.texts([encoder.response_ids("\n y ")]) == [" y "]
+
+
+def test_a_role_that_the_template_does_not_know_is_refused(tokenizer: Any) -> None:
+    for name, template in (("role", tokenizer.chat_template), ("plain", PLAIN_TEMPLATE)):
+        changed = copy.deepcopy(tokenizer)
+        changed.chat_template = template
+        with pytest.raises(TemplateRefusal, match="only the roles system, user and assistant"):
+            ChatEncoder(changed).prompt_ids([user("x"), {"role": "tool", "content": name}])
+    gemma = ChatEncoder(with_family(tokenizer, "gemma"))
+    with pytest.raises(TemplateRefusal, match="roles must alternate"):
+        gemma.prompt_ids([user("x"), user("y")])
+    with pytest.raises(TemplateRefusal, match="no system role"):
+        gemma.prompt_ids([{"role": "system", "content": "x"}])
+
+
+@pytest.mark.parametrize("given", ["plain", "chatml", "file", "text"])
+def test_a_recipe_gives_a_template(given: str, tokenizer: Any, tiny_lm: Any, tmp_path: Path) -> None:
+    changed, model = copy.deepcopy(tokenizer), copy.deepcopy(tiny_lm)
+    (tmp_path / "t.jinja").write_text(CHATML_TEMPLATE, encoding="utf-8")
+    name = {"file": str(tmp_path / "t.jinja"), "text": CHATML_TEMPLATE}.get(given, given)
+    assert assign_template(changed, model, name) is not None
+    assert ChatTemplate(changed).header == (
+        "\n\nAssistant:\n" if given == "plain" else "<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert model.get_input_embeddings().weight.shape[0] >= len(changed)
+    assert (ChatEncoder(changed).end_id != changed.eos_token_id) == (given == "chatml")
+    with pytest.raises(UserError, match="there is no file 'none'; give a file, `chatml`, `plain`"):
+        assign_template(changed, model, "none")
+
+
+def test_a_base_model_gets_the_start_token_that_its_tokenizer_adds() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = spaced_tokenizer()
+    tokenizer.chat_template = None
+    assign_template(tokenizer)
+    assert ChatEncoder(tokenizer).prompt_ids([user("my kettle")])[0] != tokenizer.bos_token_id
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assign_template(tokenizer)
+    ids = ChatEncoder(tokenizer).prompt_ids([user("my kettle")])
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_the_plain_template_has_the_same_ids_whole_and_apart(tokenizer: Any) -> None:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = None
+    assign_template(changed)
+    encoder = ChatEncoder(changed)
+    words = "where is my parcel please"
+    ids = encoder.prompt_ids([user(words)])
+    assert encoder.notes == []
+    apart = encoder.text_ids(words)
+    assert any(ids[i : i + len(apart)] == apart for i in range(len(ids))), "no lone space before the first word"
