@@ -21,7 +21,8 @@ from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond
 from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
 from pipeline.models.trials import isolates_packed_documents
-from pipeline.training.output import tokenizer_hashes, verify_parent
+from pipeline.training.identity import tokenizer_hashes
+from pipeline.training.lineage import verify_parent
 from pipeline.training.run import Run
 from pipeline.training.stage import launch
 from pipeline.training.trainer import (
@@ -46,9 +47,9 @@ def main(run: Run[PretrainArguments]) -> None:
     folder = parent.path if parent else args.tokenizer
     given = load_tokenizer(folder) if folder else None
     if parent and given:
-        parent.refuse_other_tokenizer(given)
+        parent.check_tokenizer(given)
     run.output.inputs = {
-        "parent": parent and parent.weights_sha256,
+        "parent": parent and parent.as_inputs(given),
         "tokenizer": given and tokenizer_hashes(given),
         "data": fingerprint(sources),
     }

@@ -33,7 +33,7 @@ from pipeline.models.lora import lora_config, save_merged
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, set_offset
 from pipeline.models.tokenizers import add_missing_rows, assign_pad, assign_template, load_tokenizer
 from pipeline.rollout.score_scale import distinct_prompts, mean_demonstration_score, scale_to_unit_variance
-from pipeline.training.output import tokenizer_hashes, verify_parent
+from pipeline.training.lineage import verify_parent
 from pipeline.training.run import Run
 from pipeline.training.stage import launch
 from pipeline.training.trainer import (
@@ -61,12 +61,11 @@ def main(run: Run[RewardArguments]) -> None:
     demonstrations = read_sources(args.center_on, "demonstration", args.data_root)
     truth = import_function(args.truth) if args.truth else None
     tokenizer = load_tokenizer(parent.path)
-    parent.refuse_other_tokenizer(tokenizer)
+    parent.check_tokenizer(tokenizer)
     run.output.inputs = {
-        "parent": parent.weights_sha256,
+        "parent": parent.as_inputs(tokenizer),
         "data": fingerprint(sources),
         "center_on": fingerprint(demonstrations),
-        "tokenizer": tokenizer_hashes(tokenizer),
         "truth": source_sha256(truth) if truth else None,
     }
     if run.already_done():

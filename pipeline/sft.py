@@ -32,7 +32,7 @@ from pipeline.models.tokenizers import (
 from pipeline.models.trials import isolates_packed_documents
 from pipeline.rollout.greedy import GreedyScore
 from pipeline.rollout.rewards import ScoringSetup, build_scorer, identity
-from pipeline.training.output import tokenizer_hashes, verify_parent
+from pipeline.training.lineage import verify_parent
 from pipeline.training.run import Run
 from pipeline.training.stage import launch
 from pipeline.training.trainer import (
@@ -57,10 +57,9 @@ def main(run: Run[SFTArguments]) -> None:
     parent = verify_parent(args.parent, SUPPORT["sft"].parents)
     sources = read_sources(args.datasets, "demonstration", args.data_root)
     tokenizer = load_tokenizer(parent.path)
-    parent.refuse_other_tokenizer(tokenizer)
+    parent.check_tokenizer(tokenizer)
     run.output.inputs = {
-        "parent": parent.weights_sha256,
-        "tokenizer": tokenizer_hashes(tokenizer),
+        "parent": parent.as_inputs(tokenizer),
         "data": fingerprint(sources),
         "score": identity(args.score),
     }
@@ -162,11 +161,6 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
         if self.greedy_score is not None:
             found["score"] = self.greedy_score.measure(self.model)
         return found
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._metrics["train"].pop("num_tokens", None)  # TRL's counter restarts at a resume
-        self._metrics["eval"].clear()
-        super().log(logs, start_time)
 
 
 def encode(encoder: ChatEncoder, source: Source, records: list[Record], args: SFTArguments) -> list[Example]:

@@ -20,7 +20,7 @@ from pipeline.data.entries import DatasetEntry
 from pipeline.data.sources import read_sources
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.pretrain import split_texts
-from pipeline.training.output import read_lineage
+from pipeline.training.lineage import read_lineage
 
 
 class KneserNeyTrigram:

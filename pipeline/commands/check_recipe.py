@@ -25,8 +25,9 @@ from pipeline.data.sources import Source, read_sources
 from pipeline.errors import UserError
 from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import assign_template, load_tokenizer
+from pipeline.training.lineage import read_lineage, verify_parent
 from pipeline.training.logs import set_up_logging
-from pipeline.training.output import StageOutput, read_lineage, verify_parent
+from pipeline.training.output_folder import StageOutput
 from pipeline.training.run import Run
 from pipeline.training.stage import check_output_folder, prepare_process
 from pipeline.training.trackers import check_installed

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config.stages import STAGES
 from pipeline.errors import UserError, shorten
-from pipeline.training.output import LINEAGE, read_lineage
+from pipeline.training.lineage import LINEAGE, read_lineage
 
 from rich.console import Console
 from rich.table import Table

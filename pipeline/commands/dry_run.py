@@ -22,7 +22,7 @@ from pipeline.config.reader import load
 from pipeline.config.stages import FURTHER_ROWS, REWARD_PARENTS, STAGES, SUPPORT, recipe_stages
 from pipeline.errors import UserError
 from pipeline.models.shrink import narrow
-from pipeline.training.output import read_lineage
+from pipeline.training.lineage import read_lineage
 from pipeline.training.stage import run_stage
 
 import yaml

@@ -18,7 +18,7 @@ from pipeline.config.reader import read_recipe
 from pipeline.config.stages import STAGES, recipe_stages
 from pipeline.errors import UserError
 from pipeline.training.launcher import RUN_COMMAND, accelerate_config, cpu_cores
-from pipeline.training.output import read_lineage
+from pipeline.training.lineage import read_lineage
 
 from rich.console import Console
 from rich.table import Table

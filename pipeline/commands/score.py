@@ -14,7 +14,7 @@ from pipeline.data.hashing import sha256_file
 from pipeline.data.records import PARSERS, Record, RecordError, iter_records, renaming
 from pipeline.data.sources import column_map
 from pipeline.errors import UserError
-from pipeline.training.output import write_json
+from pipeline.training.json_files import write_json
 
 from rich.console import Console
 from rich.progress import track
@@ -57,7 +57,7 @@ def score_file(file: str, reward: str, output: str | None = None, columns: Seque
     import torch
 
     scorer = TextScorer(reward, "cuda" if torch.cuda.is_available() else "cpu")
-    done = _resume(target, {"file_sha256": sha256_file(source), "reward": scorer.parent.identity()})
+    done = _resume(target, {"file_sha256": sha256_file(source), "reward": scorer.identity})
     records = itertools.islice(_records(source, kind, column_map(columns)), done, None)
     batches = iter(lambda: list(itertools.islice(records, ROWS)), [])
     steps = -(-(rows - done) // ROWS)

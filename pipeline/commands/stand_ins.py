@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.data.entries import DatasetEntry
 from pipeline.errors import UserError
 from pipeline.models.shrink import narrow
-from pipeline.training.output import verify_parent
+from pipeline.training.lineage import verify_parent
 from pipeline.training.stage import ROOT
 
 VOCABULARY = 512

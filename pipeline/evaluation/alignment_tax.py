@@ -17,7 +17,7 @@ from pipeline.evaluation.run_folder import RunFolder, dataset_entries
 from pipeline.evaluation.win_rates import ANSWERING
 from pipeline.models.token_nll import token_nll
 from pipeline.models.tokenizers import load_tokenizer
-from pipeline.training.output import tokenizer_hashes
+from pipeline.training.identity import tokenizer_hashes
 
 import torch
 

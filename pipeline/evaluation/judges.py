@@ -28,7 +28,7 @@ from pipeline.rollout.rewards import (
     check_finite,
     judge_labels,
 )
-from pipeline.training.output import tokenizer_hashes, weights_sha256
+from pipeline.training.identity import tokenizer_hashes, weights_sha256
 
 import torch
 from torch import Tensor

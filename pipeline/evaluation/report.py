@@ -28,7 +28,7 @@ from pipeline.planning.devices import energy
 from pipeline.rollout.best_of_n import best_of_each, best_of_n, kl_bound
 from pipeline.rollout.rewards import Answers, judge_labels
 from pipeline.rollout.rewards import Scores as RewardScores
-from pipeline.training.output import write_json
+from pipeline.training.json_files import write_json
 
 import torch
 

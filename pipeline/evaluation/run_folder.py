@@ -18,7 +18,8 @@ from pipeline.data.sources import digest_of, files_of, read_sources
 from pipeline.data.splits import shuffle_by_hash, split_records
 from pipeline.errors import UserError
 from pipeline.models.tokenizers import load_tokenizer
-from pipeline.training.output import read_lineage, weights_sha256
+from pipeline.training.identity import weights_sha256
+from pipeline.training.lineage import read_lineage
 
 DATASET_KEYS = ("datasets", "eval_datasets", "ptx_datasets", "center_on")
 LINEAGE_TYPES: dict[str, type | tuple[type, ...]] = {

@@ -24,7 +24,8 @@ from pipeline.models.precision import cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import load_scalar_model, refuse_other_heads, score_ids
 from pipeline.models.tokenizers import load_tokenizer, require_pad, stop_token_ids
 from pipeline.models.trials import enable_packed_attention
-from pipeline.training.output import Parent, tokenizer_hashes, verify_parent
+from pipeline.training.identity import tokenizer_hashes
+from pipeline.training.lineage import Parent, verify_parent
 
 import torch
 from torch import Tensor
@@ -127,14 +128,16 @@ def check_finite(values: Sequence[float], name: str, answers: Answers) -> None:
             )
 
 
-def identity(sources: Sequence[RewardSource]) -> list[Any]:
-    """What identifies the scores of a recipe's `reward:`: every model's weights and tokenizer, every function's source."""
-    return [
-        verify_parent(source.model, REWARD_PARENTS).identity()
-        if source.model is not None
-        else source_sha256(import_function(str(source.function)))
-        for source in sources
-    ]
+def identity(sources: Sequence[RewardSource]) -> dict[str, Any]:
+    """What identifies the scores of a recipe's `reward:`: every model, by its number, and every function's source."""
+    identities: dict[str, Any] = {}
+    for number, source in enumerate(sources):
+        if source.model is not None:
+            parent = verify_parent(source.model, REWARD_PARENTS)
+            identities[f"model {number}"] = parent.as_inputs(load_tokenizer(parent.path))
+        else:
+            identities[str(source.function)] = source_sha256(import_function(str(source.function)))
+    return identities
 
 
 def part_names(sources: Sequence[RewardSource]) -> list[str]:
@@ -164,7 +167,7 @@ def _model_part(path: str, name: str, weight: float, setup: ScoringSetup) -> Rew
     parent = verify_parent(path, REWARD_PARENTS)
     refuse_other_heads(parent.path)
     tokenizer = load_tokenizer(parent.path)
-    parent.refuse_other_tokenizer(tokenizer)
+    parent.check_tokenizer(tokenizer)
     require_pad(tokenizer, path)
     loaded = setup.loaded.get(path)
     model: Any = load_scalar_model(parent.path) if loaded is None else loaded
@@ -290,6 +293,7 @@ class TextScorer:
         self._part = _model_part(reward, "reward_model", 1.0, setup)
         assert self._part.parent is not None
         self.parent = self._part.parent
+        self.identity = self.parent.as_inputs(self._encoder.tokenizer)
 
     def __call__(self, prompts: Sequence[str | Sequence[Message]], responses: Sequence[str]) -> list[float]:
         """Centred scores of responses, each read at its end token."""

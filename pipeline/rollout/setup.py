@@ -26,7 +26,8 @@ from pipeline.rollout.evaluation import Evaluation
 from pipeline.rollout.pretraining import PretrainingText
 from pipeline.rollout.prompts import PromptSet, prepare_prompts
 from pipeline.rollout.rewards import DISAGREEMENT, ScoringSetup, build_scorer, identity, judge_labels, part_names
-from pipeline.training.output import Parent, read_lineage, tokenizer_hashes, verify_parent, write_json
+from pipeline.training.json_files import write_json
+from pipeline.training.lineage import Parent, read_lineage, verify_parent
 from pipeline.training.ppo_state import BEST
 from pipeline.training.run import Run
 
@@ -65,7 +66,7 @@ def open_inputs(run: Run[Any]) -> PPOInputs:
     eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root)
     ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root)
     tokenizer = load_tokenizer(parent.path)
-    parent.refuse_other_tokenizer(tokenizer)
+    parent.check_tokenizer(tokenizer)
     require_pad(tokenizer, args.parent)
     encoder = ChatEncoder(tokenizer)
     judges = judge_labels(args.judges)
@@ -74,8 +75,7 @@ def open_inputs(run: Run[Any]) -> PPOInputs:
         for reward in rewards:
             refuse_other_base(reward.path, read_lineage(Path(reward.path)) or {}, parent.weights_sha256, parent.path)
     run.output.inputs = {
-        "parent": parent.identity(),
-        "tokenizer": tokenizer_hashes(tokenizer),
+        "parent": parent.as_inputs(tokenizer),
         "reward": identity(args.reward),
         "judges": [source_sha256(import_function(name)) for name in judges.values()],
         "data": fingerprint([*sources, *eval_sources, *ptx_sources]),

@@ -35,7 +35,7 @@ def quiet_libraries() -> None:
 
 
 def set_up_logging(log_file: Path | None, rank: int, quiet: bool) -> None:
-    """Everything to `log_file`; to the terminal info lines, or only warnings if quiet or where no person reads."""
+    """Everything to `log_file`; to the terminal info lines, or only warnings if quiet."""
     quiet_libraries()
     logging.raiseExceptions = False  # a full disk is reported once, by what cannot be saved
     for handler in logger.handlers:
@@ -44,7 +44,7 @@ def set_up_logging(log_file: Path | None, rank: int, quiet: bool) -> None:
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     console = logging.StreamHandler()
-    console.setLevel(logging.WARNING if quiet or not on_terminal() else logging.INFO)
+    console.setLevel(logging.WARNING if quiet else logging.INFO)
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
     if rank == 0 and log_file is not None:

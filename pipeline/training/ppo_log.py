@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import shorten
 from pipeline.training import history
-from pipeline.training.output import write_json
+from pipeline.training.json_files import write_json
 from pipeline.training.run import Run
 from pipeline.training.trackers import PROJECT, log_samples
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.algorithms.ppo import RunningMoments
-from pipeline.training.output import StageOutput, write_json, writing
+from pipeline.training.checkpoints import writing
+from pipeline.training.json_files import write_json
+from pipeline.training.output_folder import StageOutput
 from pipeline.training.processes import Processes
 
 import torch

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from pipeline.config.stage import StageArguments
 from pipeline.training.launcher import RUN_COMMAND
 from pipeline.training.logs import on_terminal
-from pipeline.training.output import StageOutput
+from pipeline.training.output_folder import StageOutput
 from pipeline.training.processes import Processes
 from pipeline.training.signals import Interruption
 
@@ -91,8 +91,8 @@ class Run(Generic[Arguments]):
         summary: str,
     ) -> None:
         """On rank 0: model card, metrics.json, lineage.json; then one line on the terminal."""
+        from pipeline.training.identity import tokenizer_hashes
         from pipeline.training.model_card import write_model_card
-        from pipeline.training.output import tokenizer_hashes
 
         seconds = self.output.seconds
         if self.is_main:

@@ -20,9 +20,9 @@ from pipeline.config.stages import SHARDED, check_sharding
 from pipeline.errors import UserError, describe_system_error
 from pipeline.training import trackers
 from pipeline.training.launcher import RUN_COMMAND, cpu_cores
-from pipeline.training.lock import LOCK, locked
+from pipeline.training.lock import locked
 from pipeline.training.logs import accept_any_terminal, set_up_logging
-from pipeline.training.output import LINEAGE, StageOutput
+from pipeline.training.output_folder import StageOutput, holds_a_run
 from pipeline.training.processes import Processes
 from pipeline.training.run import Run
 from pipeline.training.signals import Interruption
@@ -114,7 +114,7 @@ def check_output_folder(folder: Path, args: StageArguments) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in (LOCK, LINEAGE)):
+    if folder.is_dir() and any(folder.iterdir()) and not holds_a_run(folder):
         raise UserError(
             f"output_dir {str(folder)!r} holds files that no stage of ours wrote; name a new or empty folder"
         )

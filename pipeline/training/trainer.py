@@ -1,11 +1,16 @@
-"""What the Trainer stages share: Trainer's settings from a recipe, sealed checkpoints, history, exact resume."""
+"""What the Trainer stages share: Trainer's settings from a recipe, sealed checkpoints, history, exact resume.
+
+All ties to the insides of transformers' Trainer (5.23) and TRL's trainers (1.16) are in this file, and in `RankingTrainer` of
+`pipeline/reward.py`; tests/training/test_trainer.py fails where a new version breaks one of them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,10 @@ from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
 from pipeline.models.precision import accelerator_type, device_plan
 from pipeline.models.token_nll import token_nll
-from pipeline.training import history
+from pipeline.training import checkpoints, history
+from pipeline.training.checkpoints import Manifest
+from pipeline.training.json_files import NotAnObject, read_json_object, write_json
+from pipeline.training.progress import Progress
 from pipeline.training.run import Run
 
 import torch
@@ -23,41 +31,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 logger = logging.getLogger(__name__)
 SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
-OWNED = {
-    "output_dir",
-    "seed",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "bf16",
-    "fp16",
-    "report_to",
-    "save_steps",
-    "save_strategy",
-    "logging_steps",
-    "eval_steps",
-    "eval_strategy",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "max_grad_norm",
-    "weight_decay",
-    "adam_beta2",
-    "remove_unused_columns",
-    "save_total_limit",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "packing",
-    "max_length",
-    "dataset_text_field",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "use_cpu",
+# Fields of TrainingArguments, SFTConfig and RewardConfig that `trainer_options` may not set: a key of the stage sets
+# them, exact resume or the check for divergence needs them as they are, or they have no effect on encoded rows.
+SET_BY_THE_STAGE = {
+    "output_dir", "seed", "report_to", "bf16", "fp16", "use_cpu", "optim", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "max_grad_norm", "weight_decay", "adam_beta2", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "logging_nan_inf_filter", "eval_steps",
+    "eval_strategy", "save_steps", "save_strategy", "save_total_limit", "load_best_model_at_end", "metric_for_best_model",
+    "remove_unused_columns", "packing", "max_length", "dataset_text_field", "completion_only_loss", "assistant_only_loss",
     "center_rewards_coefficient",  # our ranking loss has no such term: scores are centred after training
-}
+}  # fmt: skip
+UNLOGGED = "unlogged.json"
+SUMS_THAT_DIVERGE = ("loss", "grad_norm", "eval_loss", "eval_nll")
 
 
 def accumulation(args: TrainerArguments, processes: int) -> tuple[int, int]:
@@ -83,13 +68,10 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
     options = dict(args.trainer_options or {})
     fields = {field.name for field in dataclasses.fields(cls)}
     for name in options:
-        if name not in fields or name in OWNED:
-            why = (
-                "is set by a key of this stage, or has no effect in it"
-                if name in OWNED
-                else f"is no field of {cls.__name__}"
-            )
-            raise UserError(f"trainer_options: {name!r} {why}; drop it")
+        if name not in fields:
+            raise UserError(f"trainer_options: {name!r} is no field of {cls.__name__}; drop it")
+        if name in SET_BY_THE_STAGE:
+            raise UserError(f"trainer_options: {name!r} is set by a key of this stage, or has no effect in it; drop it")
     device, steps = accumulation(args, run.processes.count)
     settings = dict(
         output_dir=args.output_dir,
@@ -122,7 +104,8 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
         remove_unused_columns=False,
         report_to=args.trackers or "none",
         run_name=args.run_name or f"{Path(args.output_dir).parent.name}-{run.name}",
-        disable_tqdm=not run.show_progress,
+        disable_tqdm=True,  # progress is shown by StageCallback
+        logging_nan_inf_filter=False,  # it would hide a loss that is not finite behind the mean of those before
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     try:
@@ -132,21 +115,35 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
 
 
 class StageCallback(TrainerCallback):
-    """Seals checkpoints, writes history.jsonl, ends on a signal at a step's end."""
+    """Seals checkpoints, writes history.jsonl, shows progress, ends on a signal at a step's end or when training diverged."""
 
-    def __init__(self, run: Run[Any]):
-        self.run = run
-        self.clock = time.perf_counter()
-        self.flops = 0.0
-        self.tokens = 0
-        self.count_tokens: Callable[[], int] = lambda: 0
+    def __init__(self, run: Run[Any], trainer: StageTrainer):
+        self.run, self.trainer = run, trainer
+        self.resumed_from: Path | None = None
+        self.progress: Progress | None = None
+        self.last_loss: dict[str, float] = {}
+        self.last_logged = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.clock, self.flops, self.tokens = time.perf_counter(), state.total_flos, self.count_tokens()
+        if self.resumed_from is not None:
+            self.trainer.restore_unlogged(self.resumed_from, self.run.processes.rank)
+            best = Manifest.read(self.resumed_from).best  # by its name: the folder may have been moved since
+            state.best_model_checkpoint = str(self.resumed_from.parent / best) if best else None
+        self.last_logged = state.global_step
+        self.trainer.restart_clock()
+        self.progress = Progress(state.max_steps, self.run.name, self.run, done=state.global_step)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:  # resumed from the last step's checkpoint
+            control.should_training_stop = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.progress is not None
+        self.progress.update(self.last_loss)
         if self.run.interrupted():
             control.should_save = True
             control.should_training_stop = True
@@ -159,20 +156,48 @@ class StageCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self.run.is_main or not logs or "train_runtime" in logs:  # that one is no figure of ours (see design)
+        if not logs or "train_runtime" in logs:  # Trainer's summary of one start says nothing of the whole run
+            return
+        for name in SUMS_THAT_DIVERGE:
+            if not math.isfinite(logs.get(name, 0.0)):
+                self._raise_diverged(f"{name.removeprefix('eval_')} is {logs[name]}", state.global_step)
+        if "loss" in logs:
+            self.last_logged, self.last_loss = state.global_step, {"loss": logs["loss"]}
+        if not self.run.is_main:
             return
         row = {key: value for key, value in logs.items() if key not in ("epoch", "num_tokens", "total_flos")}
         history.append(self.run.output.folder, {"step": state.global_step, **row})
         logger.info("%s step %d: %s", self.run.name, state.global_step, _short(row))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.run.processes.barrier()  # every rank's files are there before the manifest says so
+        output, processes = self.run.output, self.run.processes
+        checkpoint = output.folder / f"checkpoint-{state.global_step}"
+        unlogged = processes.gather(lambda: [self.trainer.unlogged()])  # and every rank's files are there
+        losses_finite = all(math.isfinite(share["loss"]) for share in unlogged)
+        if processes.any(not self.trainer.weights_are_finite()) or not losses_finite:
+            if self.run.is_main:
+                checkpoints.remove(checkpoint)
+            what = "a weight" if losses_finite else "the loss"
+            self._raise_diverged(f"{what} is not finite", state.global_step)
         if self.run.is_main:
-            output = self.run.output
-            output.seal(output.folder / f"checkpoint-{state.global_step}")
-            best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
-            output.prune(self.run.args.keep_checkpoints, also=best)
-        self.run.processes.barrier()
+            write_json(checkpoint / UNLOGGED, {"ranks": unlogged})
+            best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+            output.seal(checkpoint, best=best.name if best else None)
+            output.prune(self.run.args.keep_checkpoints, also=[best] if best else [])
+        processes.barrier()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.progress is not None:
+            self.progress.close()
+
+    def _raise_diverged(self, what: str, step: int) -> None:
+        steps = f"steps {self.last_logged + 1} to {step}" if step > self.last_logged + 1 else f"step {step}"
+        raise UserError(
+            f"{what} in {steps}: training diverged, and earlier checkpoints are as they were; lower "
+            "learning_rate, raise warmup_steps or set `precision: fp32`, and start in a new output_dir"
+        )
 
 
 def _short(row: dict[str, Any]) -> str:
@@ -182,59 +207,113 @@ def _short(row: dict[str, Any]) -> str:
 
 
 class StageTrainer:
-    """Mixed in before a Trainer class: evaluation by `measure`, throughput beside every logged loss."""
+    """Mixed in before a Trainer class: evaluation by `measure`, throughput beside every logged loss, exact resume.
 
-    measure: Any  # () -> held-out figures; every stage has its own
+    Overridden of transformers' Trainer: `evaluate`, `training_step`, `log`, `get_batch_samples`. Read and set of its
+    private attributes: `_tr_loss` and `_globalstep_last_logged` (the loss summed since the last logged row); of TRL's
+    trainers `_metrics` (lists of values since then, by "train" and "eval").
+    """
+
+    measure: Any  # () -> held-out metrics; every stage has its own
     control: Any
-    stage_callback: StageCallback
+    model: Any
+    state: Any
+    args: Any
+    accelerator: Any
+    callback_handler: Any
+    _tr_loss: Any
+    _globalstep_last_logged: int
+    _metrics: Any
     tokens_seen = 0
+    _clock, _tokens_then, _flops_then = 0.0, 0, 0.0
 
     @property
     def eval_rows(self) -> int:
         """Rows of one evaluation forward pass in one process."""
-        return int(self.args.per_device_eval_batch_size)  # type: ignore[attr-defined]
+        return int(self.args.per_device_eval_batch_size)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The stage's own held-out metrics (token-weighted, over all processes), under Trainer's names."""
-        model = self.model  # type: ignore[attr-defined]
-        training = model.training
-        model.eval()
-        with self.accelerator.autocast():  # type: ignore[attr-defined]
-            found = self.measure()
-        model.train(training)
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
-        self.log(dict(metrics))  # type: ignore[attr-defined]
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[attr-defined]
+        training = self.model.training
+        self.model.eval()
+        with self.accelerator.autocast():
+            measured = self.measure()
+        self.model.train(training)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in measured.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """No batch where no step is left: Trainer looks whether to stop only after a step."""
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        self.tokens_seen += int(inputs["input_ids"].numel()) * self.args.world_size  # type: ignore[attr-defined]
+        self.tokens_seen += int(inputs["input_ids"].numel()) * self.args.world_size
         return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            callback = self.stage_callback
-            self.store_flos()  # type: ignore[attr-defined]
-            now, flops = time.perf_counter(), self.state.total_flos  # type: ignore[attr-defined]
-            seconds = max(now - callback.clock, 1e-9)
-            logs["tokens_per_second"] = round((self.tokens_seen - callback.tokens) / seconds, 1)
-            logs["model_flops_per_second"] = round((flops - callback.flops) / seconds)
-            callback.clock, callback.flops, callback.tokens = now, flops, self.tokens_seen
+            logs |= self._throughput()
+        trl = getattr(self, "_metrics", {"train": {}, "eval": {}})
+        trl["train"].pop("num_tokens", None)  # TRL's counter restarts at a resume
+        trl["eval"].clear()
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def restart_clock(self) -> None:
+        self._clock, self._tokens_then, self._flops_then = time.perf_counter(), self.tokens_seen, self.state.total_flos
+
+    def _throughput(self) -> dict[str, float]:
+        """Tokens and FLOPs per second since the last logged row."""
+        self.store_flos()  # type: ignore[attr-defined]
+        seconds = max(time.perf_counter() - self._clock, 1e-9)
+        tokens, flops = self.tokens_seen - self._tokens_then, self.state.total_flos - self._flops_then
+        self.restart_clock()
+        return {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "model_flops_per_second": round(flops / seconds),
+        }
+
+    def unlogged(self) -> dict[str, Any]:
+        """What this process has summed up since the last logged row: the first row after a resume holds it too."""
+        metrics = getattr(self, "_metrics", {}).get("train", {})
+        return {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "metrics": {name: list(values) for name, values in metrics.items() if name != "num_tokens"},
+        }
+
+    def restore_unlogged(self, checkpoint: Path, rank: int) -> None:
+        """Go on summing where the checkpoint was saved; another number of processes starts from the first one's sums."""
+        try:
+            ranks = read_json_object(checkpoint / UNLOGGED)["ranks"]
+        except NotAnObject:  # sealed, so it was never written
+            return
+        saved: Mapping[str, Any] = ranks[rank] if rank < len(ranks) else ranks[0]
+        self._tr_loss += saved["loss"]
+        self._globalstep_last_logged = saved["last_logged"]
+        for name, values in saved["metrics"].items():
+            self._metrics["train"][name] = list(values)
+
+    def weights_are_finite(self) -> bool:
+        """Whether this process's trained weights are all finite; one read from the device."""
+        trained = [p for p in self.model.parameters() if p.requires_grad and p.numel()]
+        return not trained or bool(torch.stack([torch.isfinite(p).all() for p in trained]).all())
 
 
 def prepare_trainer(trainer: Any, run: Run[Any]) -> None:
-    """Give a trainer our callback instead of its printers, and fp32 weights to train (A35)."""
+    """Give a trainer our callback instead of its printers, and fp32 weights to train."""
     from transformers.trainer_callback import PrinterCallback
 
     for parameter in trainer.model.parameters():  # TRL makes a quantised base's adapters (and head) bf16
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    callback = StageCallback(run)
-    trainer.stage_callback = callback
-    trainer.add_callback(callback)
+    trainer.stage_callback = StageCallback(run, trainer)
+    trainer.add_callback(trainer.stage_callback)
     trainer.remove_callback(PrinterCallback)
 
 
@@ -246,6 +325,7 @@ def train(trainer: Any, run: Run[Any]) -> list[int]:
     """
     checkpoint = run.output.resumable()
     resumed = run.begin(checkpoint)
+    trainer.stage_callback.resumed_from = checkpoint
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if run.interrupted():
         run.leave_interrupted()

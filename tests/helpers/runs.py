@@ -9,7 +9,7 @@ from typing import Any
 
 from helpers.tiny_models import make_lm
 from pipeline.data.sources import digest_of
-from pipeline.training.output import weights_sha256
+from pipeline.training.identity import weights_sha256
 
 import torch
 from transformers import AutoModelForSequenceClassification

@@ -17,7 +17,7 @@ from pipeline.data.encoding import ChatEncoder
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
-from pipeline.training.output import weights_sha256
+from pipeline.training.identity import weights_sha256
 from pipeline.training.stage import Run
 
 import pytest

@@ -9,7 +9,7 @@ from typing import Any
 from helpers.launches import kill_when, launch, launch_command, lineage
 from helpers.worlds import make_policy, write_recipe
 from pipeline.training import history
-from pipeline.training.output import weights_sha256
+from pipeline.training.identity import weights_sha256
 
 import pytest
 
