@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.models.experts import expert_counts
 from pipeline.models.loading import fit_embeddings, keep_router_logits_off, read_config, set_pad
 from pipeline.models.precision import is_linear
 from pipeline.models.shrink import MOST_PARAMETERS, small_copy
@@ -30,7 +31,6 @@ MAMBA_TYPES = (
     "granitemoehybrid",
 )
 MAMBA_UNCALLED = frozenset({"conv1d", "x_proj", "dt_proj", "out_proj"})
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def lora_config(
@@ -70,7 +70,7 @@ def linear_module_names(model: PreTrainedModel) -> list[str]:
         the last part of their names where it names linear layers alone, else whole names.
     """
     text, output = model.config.get_text_config(), model.get_output_embeddings()
-    experts = {getattr(text, name, None) for name in EXPERT_COUNTS} - {None}
+    experts = expert_counts(model.config)
     uncalled = MAMBA_UNCALLED if text.model_type in MAMBA_TYPES else frozenset()
     heads = [
         name for name, child in model.named_children() if child is not getattr(model, model.base_model_prefix, child)
