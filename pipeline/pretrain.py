@@ -17,6 +17,7 @@ from pipeline.data.packing import Block, pack_documents
 from pipeline.data.sources import fingerprint, read_sources, split_texts
 from pipeline.errors import UserError
 from pipeline.evaluation.language import bits_per_byte, mean_loss, perplexity
+from pipeline.models.experts import set_router_loss
 from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond_context
 from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
@@ -97,15 +98,19 @@ def main(run: Run[PretrainArguments]) -> None:
         data_collator=BlockCollator(tokenizer.pad_token_id, position_ids=isolated),
         processing_class=tokenizer,
     )
+    passes = trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    if note := set_router_loss(model, args.router_aux_loss, passes):
+        logger.warning("pretrain: %s", note)
+    trainer.asks_router_logits = bool(args.router_aux_loss)
     prepare_trainer(trainer, run)
     resumed = train(trainer, run)
 
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     metrics["bits_per_byte"] = bits_per_byte(metrics.pop("nll"), held_out_bytes)
-    passes = trainer.state.global_step * args.examples_per_step / len(mixed)
+    seen = trainer.state.global_step * args.examples_per_step / len(mixed)
     # How often each source's blocks were seen: passes over the epoch times how often they stand in it.
     epochs = [
-        round(passes * count / max(size, 1), 4) for count, size in zip(rows_of_each(epoch, sizes), sizes, strict=True)
+        round(seen * count / max(size, 1), 4) for count, size in zip(rows_of_each(epoch, sizes), sizes, strict=True)
     ]
     metrics |= {
         "held_out_bytes": held_out_bytes,
@@ -140,8 +145,11 @@ class PretrainTrainer(StageTrainer, Trainer):
             "held_out_tokens": tokens,
         }
 
+    asks_router_logits = False  # for the load-balancing loss, which the model then adds
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        options = {"use_cache": False} | ({"output_router_logits": True} if self.asks_router_logits else {})
+        return super().compute_loss(model, {**inputs, **options}, *args, **kwargs)
 
 
 def _new_tokenizer(args: PretrainArguments, texts: list[str]) -> PreTrainedTokenizerBase:
