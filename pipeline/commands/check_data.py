@@ -25,7 +25,7 @@ def is_data(target: str) -> bool:
     path = Path(target)
     if path.is_dir():
         return (path / "README.md").is_file() and not any(path.glob("*.yaml"))
-    return path.suffix in (".jsonl", ".gz", ".parquet", ".json")
+    return path.suffix in (".jsonl", ".gz", ".parquet", ".json", ".csv", ".tsv")
 
 
 def check_data(
@@ -55,20 +55,20 @@ def check_data(
         loaded = load_tokenizer(tokenizer)
         assign_template(loaded)
         encoder = ChatEncoder(loaded)
-    survey = ComparisonStatistics(held_out_fraction=held_out_fraction, seed=seed, remember_prompts=bool(against))
+    statistics = ComparisonStatistics(held_out_fraction=held_out_fraction, seed=seed, remember_prompts=bool(against))
     for record in _rankings(path, split, column_map(columns)):
-        survey.add(record)
+        statistics.add(record)
 
     def count_tokens(prompt: Any, responses: Sequence[str]) -> tuple[int, list[int]]:
         assert encoder is not None
         return len(encoder.prompt_ids(prompt)), [len(encoder.response_ids(response)) for response in responses]
 
-    found = {"file": str(path), **survey.result(count_tokens if encoder else None)}
-    found["against"] = [survey.against(other, _prompts(Path(other))) for other in against]
+    found = {"file": str(path), **statistics.result(count_tokens if encoder else None)}
+    found["against"] = [statistics.against(other, _prompts(Path(other))) for other in against]
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        _print_survey(found)
+        _print_statistics(found)
     return 0
 
 
@@ -87,7 +87,7 @@ def _prompts(path: Path) -> Iterator[tuple[int, str]]:
         yield record["line"], prompt_text(record["prompt"])
 
 
-def _print_survey(found: dict[str, Any]) -> None:
+def _print_statistics(found: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = Table("", "", title=found["file"], show_header=False, title_justify="left")
 

@@ -119,11 +119,9 @@ def _matches(folder: Path, split: str, patterns: list[str]) -> list[Path]:
         try:
             files |= {file for file in folder.glob(pattern) if file.is_file()}
         except (ValueError, NotImplementedError, OSError, re.error) as error:
-            raise UserError(
-                f"split {split!r}: {shorten(pattern)} is no pattern of files: {error}", file=card
-            ) from error
+            raise UserError(f"split {split!r}: {shorten(pattern)} is no pattern of files", file=card) from error
     if not files:
-        raise UserError(f"split {split!r} names {patterns}, which match no file", file=card)
+        raise UserError(f"split {split!r} names {shorten(patterns)}, which match no file", file=card)
     for file in sorted(files):
         if not _is_inside(file, folder):
             raise UserError(

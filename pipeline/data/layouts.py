@@ -121,7 +121,8 @@ def _label_studio(row: Row) -> Iterator[Row]:
         if annotation.get("completed_by") is not None:
             by = annotation["completed_by"]
             judged["labeler"] = by.get("email", by.get("id")) if isinstance(by, dict) else by
-        for result in annotation.get("result") or ():
+        results = annotation.get("result")
+        for result in results if isinstance(results, list) else ():
             value = result.get("value") if isinstance(result, dict) else None
             if isinstance(value, dict):
                 judged |= _label_studio_answer(str(result.get("from_name")), value)

@@ -70,7 +70,7 @@ Parser = Callable[[dict[str, Any]], Record]
 
 
 class Problems:
-    """Collects what is wrong in a source, and refuses it: one line per fault, with the lines of the file that have it."""
+    """Collects what is wrong in a source, and raises a UserError: one line per fault, with the lines that have it."""
 
     def __init__(self, source: str):
         self.source = source
@@ -83,10 +83,6 @@ class Problems:
             self.lines.setdefault(message, []).append(line)
 
     def refuse(self) -> None:
-        """
-        Raises:
-            UserError: one line per fault, with the lines of the file that have it.
-        """
         if not self.count:
             return
         faults = [
