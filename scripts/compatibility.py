@@ -1,10 +1,12 @@
 """Which templates and architectures work, tried on tiny models: writes docs/compatibility.md.
 
-    python scripts/compatibility.py [--templates] [--architectures] [--output docs/compatibility.md]
+    python scripts/compatibility.py [--output docs/compatibility.md]
 
 A cell is "exact", or says how another way was taken ("slower: …"), or why it is refused ("refused: …"). A cell is never
 assumed: each is computed by the functions that the stages call.
 """
+
+# ruff: noqa: E402 - families of templates are shared with the tests
 
 from __future__ import annotations
 
@@ -356,6 +358,11 @@ INTRODUCTION = """# Compatibility
 Made by `python scripts/compatibility.py` with {versions}. Each cell was computed on a tiny random model or on a tokenizer of
 the family's shape, by the functions that the stages call. *exact*: as the model or template defines it. *slower*: right, by
 another way than the fastest. *refused*: the stage says so in one line before it trains.
+
+A base model without a template is given a plain one: `User:` and `Assistant:` lines, each content behind a line break, so that its
+ids are the same alone and in the whole, after BOS where the tokenizer starts texts with it, answers ended by EOS. It needs no
+new token. `chat_template: chatml` in the recipe takes ChatML instead: two tokens that the model learns, and that other tools know.
+`chat_template:` also takes a file or the text of a template.
 
 """
 TEMPLATE_LEGEND = """

@@ -168,7 +168,7 @@ class ChatEncoder:
         if not self.trains_earlier:
             notes.append(
                 f"the chat template writes {self.template.history_header!r} before earlier answers but prompts with "
-                f"{self.template.header!r}; in one example only the last answer of a dialogue is trained"
+                f"{self.template.header!r}; each answer is an example of its own"
             )
         if difference := self._serving_difference():
             notes.append(difference)
