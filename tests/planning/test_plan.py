@@ -40,7 +40,7 @@ def paper() -> dict[str, Any]:
 
 
 def test_the_published_compute(paper: dict[str, Any]) -> None:
-    """Brown et al. 2020, table D.1: 3,640; I22, section 5.1: 4.9 for SFT and 60 for PPO-ptx."""
+    """Brown et al. 2020, table D.1: 3,640; Ouyang et al. 2022, section 5.1: 4.9 for SFT and 60 for PPO-ptx."""
     assert paper["pretrain"]["parameters"] == pytest.approx(174.6e9, rel=0.001)
     assert paper["pretrain"]["tokens"] == pytest.approx(300e9, rel=0.001)
     assert paper["pretrain"]["petaflop_s_days"] == pytest.approx(3640, rel=0.01)
