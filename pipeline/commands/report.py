@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run_dir", type=os.path.expanduser, help="folder that holds the stages' outputs, e.g. runs/demo"
-    )
+    parser.add_argument("run_dir", help="folder that holds the stages' outputs, e.g. runs/demo")
     add = parser.add_argument_group("judges").add_argument
     add(
         "--judge",
