@@ -65,10 +65,15 @@ def _disk_full(file: Path | None, folder: Path | None) -> str:
 
 
 def _needed(folder: Path | None) -> str:
-    """What a checkpoint takes, where one lies in the folder."""
-    checkpoints = list(folder.glob("checkpoint-*")) if folder else []
-    sizes = [sum(f.stat().st_size for f in c.rglob("*") if f.is_file()) for c in checkpoints]
-    return f"; a checkpoint takes {max(sizes) / 2**20:,.1f} MiB" if sizes else ""
+    """What a checkpoint takes, where one lies in the folder; of one that did not fit, what was written of it."""
+    sizes = {True: 0, False: 0}
+    for checkpoint in folder.glob("checkpoint-*") if folder else []:
+        size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+        whole = (checkpoint / "manifest.json").is_file()
+        sizes[whole] = max(sizes[whole], size)
+    if sizes[True]:
+        return f"; a checkpoint takes {sizes[True] / 2**20:,.1f} MiB"
+    return f"; a checkpoint takes more than {sizes[False] / 2**20:,.1f} MiB" if sizes[False] else ""
 
 
 def _mount(path: Path) -> Path:

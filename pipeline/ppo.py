@@ -22,7 +22,6 @@ from typing import Any
 
 from pipeline.algorithms.kl import adapt_kl_coef, k2, k3
 from pipeline.algorithms.ppo import clipped_policy_losses, clipped_value_losses
-from pipeline.algorithms.schedules import lr_factor
 from pipeline.config.ppo import PPOArguments
 from pipeline.data.batching import microbatches, seeded_order
 from pipeline.models.networks import Networks
@@ -34,7 +33,8 @@ from pipeline.rollout.prompts import Prompt, PromptSet
 from pipeline.rollout.rollout import Rollout, build_rollout, rollout_metrics, whiten_advantages
 from pipeline.rollout.setup import PPOInputs, open_inputs, prepare_collector, prepare_pretraining, save_result
 from pipeline.training.metric_sums import MetricSums
-from pipeline.training.ppo_log import PPOLog
+from pipeline.training.ppo_log import PPOLog, throughput
+from pipeline.training.ppo_optimizers import build_optimizers
 from pipeline.training.ppo_state import PPOState, load_best, load_checkpoint, save_best, save_checkpoint
 from pipeline.training.processes import Processes
 from pipeline.training.run import Run
@@ -43,7 +43,6 @@ from pipeline.training.stage import launch
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 logger = logging.getLogger("pipeline.ppo")  # __name__ is __main__ under accelerate launch
@@ -103,7 +102,7 @@ def train(training: Training, run: Run[PPOArguments]) -> None:
             rollout, metrics = collect_rollout(training.collector, prompts, state)
             metrics |= learner.update(rollout, metrics)
             state.rollout += 1
-            metrics |= throughput(rollout, time.perf_counter() - start)
+            metrics |= throughput(int(rollout.lengths.sum()), len(rollout), time.perf_counter() - start)
             alarms.check(metrics, state.rollout)
             evaluated = args.eval_rollouts is not None and state.rollout % args.eval_rollouts == 0
             if evaluated:
@@ -134,15 +133,6 @@ def collect_rollout(collector: Collector, prompts: list[Prompt], state: PPOState
     tokens = sum(len(sample.prompt_ids) + len(sample.ids) for sample in samples)
     state.flops += 2.0 * tokens * sum(collector.networks.parameters.values())
     return whiten_advantages(rollout) if args.whiten_advantages else rollout, metrics
-
-
-def throughput(rollout: Rollout, seconds: float) -> dict[str, float]:
-    tokens = float(rollout.lengths.sum())
-    return {
-        "seconds": seconds,
-        "episodes_per_second": len(rollout) / seconds,
-        "response_tokens_per_second": tokens / seconds,
-    }
 
 
 def evaluate(training: Training, run: Run[PPOArguments]) -> Evaluation:
@@ -183,27 +173,7 @@ class Learner:
         self.args, self.processes, self.collector = args, processes, collector
         self.pretraining, self.state = pretraining, state
         self.networks: Networks = collector.networks
-        value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
-        settings: dict[str, Any] = {"betas": (0.9, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": 0.0}
-        self.optimizers = {
-            name: torch.optim.AdamW(self.networks.trained[name], lr=peak, fused=True, **settings)
-            for name, peak in (("policy", args.learning_rate), ("value", value_lr))
-        }
-        rollouts = {"policy": args.total_rollouts - args.value_warmup_rollouts, "value": args.total_rollouts}
-        shapes = {"policy": args.lr_schedule, "value": args.value_lr_schedule or args.lr_schedule}
-        self.schedules = {
-            name: LambdaLR(
-                optimizer,
-                partial(
-                    lr_factor,
-                    total=rollouts[name],
-                    schedule=shapes[name],
-                    warmup=args.warmup_rollouts,
-                    warmup_from=args.warmup_from,
-                ),
-            )
-            for name, optimizer in self.optimizers.items()
-        }
+        self.optimizers, self.schedules = build_optimizers(args, self.networks.trained)
         self.average = None
         if args.ema_decay is not None:
             self.average = [parameter.detach().clone() for parameter in self.networks.trained["policy"]]

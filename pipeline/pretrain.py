@@ -17,9 +17,11 @@ from pipeline.data.packing import Block, pack_documents
 from pipeline.data.sources import fingerprint, read_sources, split_texts
 from pipeline.errors import UserError
 from pipeline.evaluation.language import bits_per_byte, mean_loss, perplexity
+from pipeline.models.experts import set_router_loss
 from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond_context
 from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
+from pipeline.models.trials import isolates_packed_documents
 from pipeline.training.identity import tokenizer_hashes
 from pipeline.training.lineage import verify_parent
 from pipeline.training.run import Run
@@ -68,13 +70,17 @@ def main(run: Run[PretrainArguments]) -> None:
     if note := assign_pad(tokenizer, model):
         logger.warning("pretrain: %s", note)
 
-    train_blocks = [pack_documents(document_ids(tokenizer, t), args.block_tokens) for t, _ in texts]
-    held_out = [pack_documents(document_ids(tokenizer, t), args.block_tokens) for _, t in texts]
+    isolated = isolates_packed_documents(model)
+    if not isolated:
+        logger.warning("pretrain: documents that share a block would see each other in this model; one per block")
+    train_blocks = [blocks_of(tokenizer, part, args.block_tokens, isolated) for part, _ in texts]
+    held_out = [blocks_of(tokenizer, part, args.block_tokens, isolated) for _, part in texts]
+    if not any(train_blocks) or not any(held_out):
+        what = "was held out; raise held_out_fraction" if any(train_blocks) else "is left to train on; lower it"
+        raise UserError(f"no document {what} or give more documents")
     sizes = [len(blocks) for blocks in train_blocks]
     epoch = mixture_indices(sizes, [source.weight for source in sources], args.seed)
     mixed = datasets.Dataset.from_list([block for blocks in train_blocks for block in blocks]).select(epoch)
-    if not any(held_out):
-        raise UserError("no document was held out; raise held_out_fraction or give more documents")
     held_out_bytes = sum(len(text.encode()) for _, part in texts for text in part)
     logger.info(
         "pretrain: %d blocks of %d tokens, %d held out, %.2f M parameters",
@@ -89,18 +95,22 @@ def main(run: Run[PretrainArguments]) -> None:
         args=training_arguments(TrainingArguments, run),
         train_dataset=mixed,
         eval_dataset=[block for blocks in held_out for block in blocks],
-        data_collator=BlockCollator(tokenizer.pad_token_id),
+        data_collator=BlockCollator(tokenizer.pad_token_id, position_ids=isolated),
         processing_class=tokenizer,
     )
+    passes = trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    if note := set_router_loss(model, args.router_aux_loss, passes):
+        logger.warning("pretrain: %s", note)
+    trainer.asks_router_logits = bool(args.router_aux_loss)
     prepare_trainer(trainer, run)
     resumed = train(trainer, run)
 
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     metrics["bits_per_byte"] = bits_per_byte(metrics.pop("nll"), held_out_bytes)
-    passes = trainer.state.global_step * args.examples_per_step / len(mixed)
+    seen = trainer.state.global_step * args.examples_per_step / len(mixed)
     # How often each source's blocks were seen: passes over the epoch times how often they stand in it.
     epochs = [
-        round(passes * count / max(size, 1), 4) for count, size in zip(rows_of_each(epoch, sizes), sizes, strict=True)
+        round(seen * count / max(size, 1), 4) for count, size in zip(rows_of_each(epoch, sizes), sizes, strict=True)
     ]
     metrics |= {
         "held_out_bytes": held_out_bytes,
@@ -135,13 +145,23 @@ class PretrainTrainer(StageTrainer, Trainer):
             "held_out_tokens": tokens,
         }
 
+    asks_router_logits = False  # for the load-balancing loss, which the model then adds
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        options = {"use_cache": False} | ({"output_router_logits": True} if self.asks_router_logits else {})
+        return super().compute_loss(model, {**inputs, **options}, *args, **kwargs)
 
 
 def _new_tokenizer(args: PretrainArguments, texts: list[str]) -> PreTrainedTokenizerBase:
     assert args.train_tokenizer is not None
     return train_tokenizer(texts, args.train_tokenizer.vocab_size)
+
+
+def blocks_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], block_tokens: int, isolated: bool) -> list[Block]:
+    """Documents in blocks of `block_tokens`; where the model does not keep documents apart, each block holds one."""
+    documents = document_ids(tokenizer, texts) if texts else []
+    groups = [documents] if isolated else [[document] for document in documents]
+    return [block for group in groups for block in pack_documents(group, block_tokens)]
 
 
 def _tokens(blocks: list[Block]) -> int:

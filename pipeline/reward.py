@@ -3,14 +3,13 @@
     accelerate launch pipeline/reward.py --config recipes/demo/reward.yaml
 
 Every ranking is one example: each response is scored once, all its pairs enter one step, their mean is the prompt's
-loss (I22, section 3.5). A comparison is a ranking of two. Scores are centred so that demonstrations average 0.
+loss (InstructGPT, section 3.5). A comparison is a ranking of two. Scores are centred so that demonstrations average 0.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,22 @@ from pipeline.algorithms.preference import ranking_loss
 from pipeline.config.functions import import_function, source_sha256
 from pipeline.config.reward import RewardArguments
 from pipeline.config.stages import SUPPORT
-from pipeline.data.arrow_storage import SpooledRecords, arrow_rows
+from pipeline.data.arrow_storage import StoredRecords, write_arrow
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
-from pipeline.data.comparisons import digest, pairs_of, sift, summary
+from pipeline.data.comparisons import find_invalid_rankings, labelers_of, split_rankings, summary
+from pipeline.data.encoded_rankings import FEATURES, EncodedRanking, RankingOptions, encode_rankings, for_training
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.mixing import mixture_indices
-from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources, replace_records
-from pipeline.data.splits import is_held_out, labeler_folds
+from pipeline.data.splits import labeler_folds
 from pipeline.errors import UserError
 from pipeline.evaluation.reward_model import Truth, evaluate_reward_model
-from pipeline.models.loading import disable_noise, fit_embeddings, load_causal_lm, refuse_beyond_context
-from pipeline.models.lora import lora_config, save_merged, scale_adapter_head
-from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, scale_head, score_ids, set_offset
-from pipeline.models.tokenizers import (
-    add_missing_rows,
-    assign_pad,
-    assign_template,
-    forbidden_token_ids,
-    load_tokenizer,
-    stop_token_ids,
-)
-from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
+from pipeline.models.loading import disable_noise, refuse_beyond_context
+from pipeline.models.lora import lora_config, save_merged
+from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, set_offset
+from pipeline.models.tokenizers import add_missing_rows, assign_pad, assign_template, load_tokenizer
+from pipeline.rollout.score_scale import distinct_prompts, mean_demonstration_score, scale_to_unit_variance
 from pipeline.training.lineage import verify_parent
 from pipeline.training.run import Run
 from pipeline.training.stage import launch
@@ -65,7 +57,7 @@ logger = logging.getLogger("pipeline.reward")  # __name__ is __main__ under acce
 def main(run: Run[RewardArguments]) -> None:
     args = run.args
     parent = verify_parent(args.parent, SUPPORT["reward"].parents)
-    sources = read_sources(args.datasets, "ranking", args.data_root, spool=True)
+    sources = read_sources(args.datasets, "ranking", args.data_root, on_disk=True)
     demonstrations = read_sources(args.center_on, "demonstration", args.data_root)
     truth = import_function(args.truth) if args.truth else None
     tokenizer = load_tokenizer(parent.path)
@@ -78,8 +70,9 @@ def main(run: Run[RewardArguments]) -> None:
     }
     if run.already_done():
         return
-    sources = [_sift(source, args) for source in sources]
-    split = _split(sources, args)
+    sources = [without_invalid_rankings(source, args) for source in sources]
+    kept_out = held_out_labelers(sources, args)
+    split = split_rankings(sources, args.held_out_fraction, kept_out)
 
     set_seed(args.seed)
     model = load_scalar_model(parent.path, args.quantization)
@@ -96,12 +89,29 @@ def main(run: Run[RewardArguments]) -> None:
     if args.disable_dropout:
         disable_noise(model)
     if args.epochs > 1:
-        logger.warning("reward: %.3g epochs; comparisons overfit past the first (I22)", args.epochs)
+        logger.warning("reward: %.3g epochs; comparisons overfit past the first (InstructGPT)", args.epochs)
 
     encoder = ChatEncoder(tokenizer)
     for note in encoder.notes:
         logger.warning("reward: %s", note)
-    rows, eval_rows, outsider_rows = _encode_all(encoder, sources, split, args)
+    options = RankingOptions(
+        max_tokens=args.max_tokens,
+        ties=args.ties,
+        confidence=args.confidence,
+        label_smoothing=args.label_smoothing,
+        labeler_weights=args.labeler_weights,
+    )
+
+    def encoded(parts: list[list[int]], name: str) -> Iterator[Iterator[EncodedRanking]]:
+        """The rows of some positions in each source."""
+        for source, positions in zip(sources, parts, strict=True):
+            yield encode_rankings(encoder, (source.records[i] for i in positions), options, name)
+
+    tables = [write_arrow(map(for_training, part), FEATURES) for part in encoded(split.training, "training")]
+    epoch = mixture_indices([len(table) for table in tables], [source.weight for source in sources], args.seed)
+    rows = datasets.concatenate_datasets(tables).select(epoch)
+    eval_rows: list[Any] = [row for part in encoded(split.held_out, "held-out") for row in part]
+    other_rows: list[Any] = [row for part in encoded(split.held_out_labelers, "held-out labelers'") for row in part]
     if not len(rows) or not eval_rows:
         raise UserError(
             f"{len(rows)} rankings to train on and {len(eval_rows)} held out; both are needed: "
@@ -117,7 +127,7 @@ def main(run: Run[RewardArguments]) -> None:
             max_length=None,
         ),
         train_dataset=rows,
-        eval_dataset=datasets.Dataset.from_list([tensors_only(row) for row in eval_rows], features=FEATURES),
+        eval_dataset=datasets.Dataset.from_list([for_training(row) for row in eval_rows], features=FEATURES),
         data_collator=RankingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         peft_config=lora_config(model, args.lora, "SEQ_CLS", tokenizer) if args.lora else None,
@@ -137,14 +147,17 @@ def main(run: Run[RewardArguments]) -> None:
     run.processes.barrier()
     final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
     if run.is_main:
-        scale = _unit_variance(final, encoder, parent.path, sources, split, args)
-        offset = _demonstration_mean(final, encoder, demonstrations, args, run)
+        scale = 1.0
+        if args.unit_variance_samples is not None:
+            prompts = distinct_prompts(sources, split.training, args.unit_variance_samples)
+            scale = scale_to_unit_variance(final, encoder, prompts, args)
+        offset = mean_demonstration_score(final, encoder, demonstrations, args.max_tokens)
         set_offset(final, offset)
         metrics = evaluate_reward_model(
             final,
             tokenizer.pad_token_id,
             eval_rows,
-            outsider_rows,
+            other_rows,
             truth=Truth(str(args.truth), truth) if truth else None,
             tie_margin=trainer.tie_margin,
         )
@@ -153,7 +166,7 @@ def main(run: Run[RewardArguments]) -> None:
         metrics |= {
             "score_offset": offset,
             "score_scale": scale,
-            "kept_out_labelers": split.kept_out,
+            "kept_out_labelers": kept_out,
             "rankings": len(rows),
             "pairs": pairs,
             "steps": trainer.state.global_step,
@@ -176,11 +189,13 @@ def main(run: Run[RewardArguments]) -> None:
 def _summary(metrics: dict[str, Any]) -> str:
     if not metrics:
         return ""
+    if metrics["accuracy"] is None:
+        return "no held-out ranking tells two responses apart; accuracy unknown"
     low, high = metrics["accuracy_ci95"]
     text = f"held-out accuracy {metrics['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
-    if "noise_ceiling" in metrics:
+    if metrics.get("noise_ceiling") is not None:
         text += f" of a ceiling of {metrics['noise_ceiling']:.1%}"
-    if "held_out_labeler_accuracy" in metrics:
+    if metrics.get("held_out_labeler_accuracy") is not None:
         text += f", held-out labelers {metrics['held_out_labeler_accuracy']:.1%}"
     return text
 
@@ -203,14 +218,14 @@ class RankingTrainer(StageTrainer, RewardTrainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **no_cache(model))
         loss = ranking_loss(
             outputs.logits[:, 0].float(),
-            inputs["better"],
-            inputs["worse"],
-            inputs["target"],
-            inputs["margin"],
-            inputs["pair_weight"],
-            inputs["prompts"],
-            inputs["tie"],
-            self.tie_margin,
+            better=inputs["better"],
+            worse=inputs["worse"],
+            target=inputs["target"],
+            margin=inputs["margin"],
+            pair_weight=inputs["pair_weight"],
+            prompts=inputs["prompts"],
+            tie=inputs["tie"],
+            tie_margin=self.tie_margin,
         )
         return (loss, outputs) if return_outputs else loss
 
@@ -231,14 +246,15 @@ class RankingTrainer(StageTrainer, RewardTrainer):
                 prompts = batch["prompts"].item()
                 sums += torch.tensor([loss.item() * prompts, prompts, right.item(), strict.sum().item()])
         sums = state.gather(sums.to(state.device)[None]).sum(0)
-        return {"loss": float(sums[0] / sums[1]), "accuracy": float(sums[2] / sums[3].clamp(min=1))}
+        measured = {"loss": float(sums[0] / sums[1])}
+        return measured | ({"accuracy": float(sums[2] / sums[3])} if sums[3] else {})  # none where all tie
 
 
-def _sift(source: Source, args: RewardArguments) -> Source:
+def without_invalid_rankings(source: Source, args: RewardArguments) -> Source:
     """Drop (or refuse) rankings that cannot be trained on, saying how many, why and where."""
-    kept, problems = sift(source.records, args.ties)
+    valid, problems = find_invalid_rankings(source.records, args.ties)
     if problems:
-        if args.problems == "error":
+        if (source.problems or args.problems) == "error":
             line, reason = problems[0]
             raise UserError(
                 f"{reason}; {len(problems)} such rankings in all, `problems: drop` leaves them out",
@@ -246,221 +262,23 @@ def _sift(source: Source, args: RewardArguments) -> Source:
                 line=line,
             )
         logger.warning("reward: %s", summary(problems, source.location))
-    assert isinstance(source.records, SpooledRecords)
-    return replace_records(source, source.records.select(kept))
+    assert isinstance(source.records, StoredRecords)
+    return replace_records(source, source.records.select(valid))
 
 
-@dataclass
-class Split:
-    """Where each record of all sources goes: (source, position) in reading order."""
-
-    trained: list[tuple[int, int]] = field(default_factory=list)
-    held_out: list[tuple[int, int]] = field(default_factory=list)  # unseen prompts, labelers of the training data
-    outsiders: list[tuple[int, int]] = field(default_factory=list)  # unseen prompts, labelers kept out
-    kept_out: list[str] = field(default_factory=list)  # those labelers
-
-
-def _split(sources: list[Source], args: RewardArguments) -> Split:
-    """By labeler, then by the record's own `split` or its prompt's hash."""
-    labelers = {record.get("labeler") for source in sources for record in source.records}
-    known = sorted(str(name) for name in labelers if name)
+def held_out_labelers(sources: Sequence[Source], args: RewardArguments) -> list[str]:
+    """Labelers kept out of training: those that the recipe names, or a fold."""
+    labelers = labelers_of(sources)
     for key, names in (("held_out_labelers", args.held_out_labelers), ("labeler_weights", args.labeler_weights)):
         for name in names:
             if name not in labelers:
-                raise UserError(f"{key}: no ranking by {name!r}; labelers: {', '.join(known) or 'none'}")
-    split = Split(kept_out=list(args.held_out_labelers))
-    if args.labeler_folds is not None:
-        folds = labeler_folds(known, args.labeler_folds)
-        split.kept_out = folds[args.labeler_fold]
-        logger.info("reward: fold %d of %d keeps out %s", args.labeler_fold, len(folds), ", ".join(split.kept_out))
-    seen: set[bytes] = set()
-    strangers: list[tuple[int, int, bytes]] = []
-    for number, source in enumerate(sources):
-        for position, record in enumerate(source.records):
-            prompt = digest(repr(record["prompt"]))
-            if record.get("labeler") in split.kept_out:
-                strangers.append((number, position, prompt))
-            elif is_held_out(record, args.held_out_fraction):
-                split.held_out.append((number, position))
-            else:
-                seen.add(prompt)
-                split.trained.append((number, position))
-    # An outsider may have ranked a prompt that insiders trained on; only prompts unseen in training count for him.
-    split.outsiders = [(number, position) for number, position, prompt in strangers if prompt not in seen]
-    return split
-
-
-# Rows as the collator takes them; `length` and `num_pairs` are for batching and counting.
-FEATURES = datasets.Features(
-    {
-        "ids": datasets.List(datasets.List(datasets.Value("int32"))),
-        "pairs": datasets.List(
-            {
-                "better": datasets.Value("int32"),
-                "worse": datasets.Value("int32"),
-                "target": datasets.Value("float32"),
-                "tie": datasets.Value("bool"),
-            }
-        ),
-        "margin": datasets.Value("float32"),
-        "weight": datasets.Value("float32"),
-        "length": datasets.Value("int32"),
-        "num_pairs": datasets.Value("int32"),
-    }
-)
-
-
-def tensors_only(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in FEATURES}
-
-
-def _encode_all(
-    encoder: ChatEncoder, sources: list[Source], split: Split, args: RewardArguments
-) -> tuple[datasets.Dataset, list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training rows on disk, held-out rows, held-out labelers' rows)."""
-
-    def records(part: list[tuple[int, int]]) -> Iterator[Record]:
-        return (sources[number].records[position] for number, position in part)
-
-    tables = []
-    for number in range(len(sources)):
-        part = [place for place in split.trained if place[0] == number]
-        tables.append(arrow_rows(map(tensors_only, encode(encoder, records(part), args, "training")), FEATURES))
-    epoch = mixture_indices([len(table) for table in tables], [source.weight for source in sources], args.seed)
-    rows = datasets.concatenate_datasets(tables).select(epoch)
-    held_out = list(encode(encoder, records(split.held_out), args, "held-out"))
-    return rows, held_out, list(encode(encoder, records(split.outsiders), args, "held-out labelers'"))
-
-
-def encode(
-    encoder: ChatEncoder, records: Iterable[Record], args: RewardArguments, name: str
-) -> Iterator[dict[str, Any]]:
-    """Token ids of every response with its prompt, and the pairs; rankings that are too long are counted and left out.
-
-    Raises:
-        UserError: a confidence that the recipe's use of it does not allow.
-    """
-    too_long, total = [], 0
-    for record in records:
-        total += 1
-        prompt = encoder.prompt_ids(record["prompt"])
-        ids = [prompt + encoder.response_ids(response) for response in record["responses"]]
-        if max(map(len, ids)) > args.max_tokens:
-            too_long.append(record["line"])
-            continue
-        target, weight = _trust(record, args)
-        pairs = pairs_of(record["ranks"], args.ties, target)
-        yield {
-            "ids": ids,
-            "pairs": pairs,
-            "margin": float(record.get("margin", 0.0)),
-            "weight": weight,
-            "length": max(map(len, ids)),
-            "num_pairs": len(pairs),
-            "prompt_tokens": len(prompt),
-            "record": record,
-        }
-    if too_long:
-        lines = ", ".join(map(str, too_long[:5])) + (", …" if len(too_long) > 5 else "")
-        logger.warning(
-            "reward: %d of %d %s rankings hold a text over max_tokens (%d) and are left out (lines %s)",
-            len(too_long),
-            total,
-            name,
-            args.max_tokens,
-            lines,
-        )
-
-
-def _trust(record: Record, args: RewardArguments) -> tuple[float, float]:
-    """(target of the record's strict pairs, weight of its loss)."""
-    target, weight = 1.0, args.labeler_weights.get(record.get("labeler", ""), 1.0)
-    confidence = record.get("confidence")
-    if confidence is not None and args.confidence == "target":
-        if not 0.5 <= confidence <= 1:
-            raise UserError(
-                f"line {record['line']}: confidence {confidence} is no probability of being right (0.5 to 1); "
-                "say `confidence: weight` or `ignore`"
-            )
-        target = float(confidence)
-    if confidence is not None and args.confidence == "weight":
-        if confidence < 0:
-            raise UserError(
-                f"line {record['line']}: confidence {confidence} cannot weigh a record; it must be 0 or more"
-            )
-        weight *= float(confidence)
-    smoothing = args.label_smoothing
-    return target * (1 - smoothing) + (1 - target) * smoothing, weight
-
-
-def _unit_variance(
-    model: Any, encoder: ChatEncoder, policy: str, sources: list[Source], split: Split, args: RewardArguments
-) -> float:
-    """Scale the head so that scores of the parent's own answers have variance 1 (Z19); returns the factor."""
-    if args.unit_variance_samples is None:
-        return 1.0
-    prompts: dict[bytes, Any] = {}
-    for number, position in split.trained:
-        record = sources[number].records[position]
-        prompts.setdefault(digest(repr(record["prompt"])), record["prompt"])
-        if len(prompts) == args.unit_variance_samples:
-            break
-    ids = [encoder.prompt_ids(prompt) for prompt in prompts.values()]
-    room = args.max_tokens - max(map(len, ids))
-    if room < 1:
-        raise UserError("unit_variance_samples: the prompts leave no room under max_tokens for an answer")
-    answering = load_causal_lm(policy).to(next(model.parameters()).device).eval()
-    tokenizer = encoder.tokenizer
-    fit_embeddings(answering, len(tokenizer))
-    stop_ids = stop_token_ids(encoder, answering.generation_config)
-    settings = SamplingSettings(
-        max_new_tokens=room,
-        stop_ids=stop_ids,
-        forbidden_ids=forbidden_token_ids(tokenizer, answering.config.get_text_config().vocab_size, stop_ids),
-        pad_id=tokenizer.pad_token_id,
-    )
-    sampled = LocalEngine(settings).sample(answering, ids, per_row_uniforms(args.seed, range(len(ids)), room))
-    answers = [response.ids for response in sampled]
-    std = (
-        score_ids(
-            model,
-            [p + encoder.finished_ids(a, stop_ids) for p, a in zip(ids, answers, strict=True)],
-            tokenizer.pad_token_id,
-        )
-        .std()
-        .item()
-    )
-    if not std > 0:
-        raise UserError("unit_variance_samples: all answers of the parent score alike; leave the key out")
-    scale_head(model, 1 / std)
-    model.save_pretrained(args.output_dir)
-    if args.lora is not None:
-        scale_adapter_head(Path(args.output_dir) / "adapter", 1 / std)
-    logger.info("reward: scores divided by %.3f, their deviation over %d answers of the parent", std, len(ids))
-    return 1 / std
-
-
-def _demonstration_mean(
-    model: Any, encoder: ChatEncoder, demonstrations: list[Source], args: RewardArguments, run: Run[Any]
-) -> float:
-    """Mean raw score of demonstrations (A14): what the offset must take off."""
-    rows, too_long = [], 0
-    for source in demonstrations:
-        for record in source.records:
-            ids = encoder.prompt_ids(record["messages"][:-1]) + encoder.response_ids(record["messages"][-1]["content"])
-            if len(ids) <= args.max_tokens:
-                rows.append(ids)
-            else:
-                too_long += 1
-    if too_long and run.is_main:
-        logger.warning(
-            "reward: center_on: %d demonstrations over max_tokens (%d) are left out", too_long, args.max_tokens
-        )
-    if not rows:
-        logger.warning("reward: no demonstrations to centre scores on (`center_on:`); the offset is 0")
-        return 0.0
-    set_offset(model, 0.0)
-    return float(score_ids(model, rows, encoder.tokenizer.pad_token_id).double().mean())
+                raise UserError(f"{key}: no ranking by {name!r}; labelers: {', '.join(labelers) or 'none'}")
+    if args.labeler_folds is None:
+        return list(args.held_out_labelers)
+    folds = labeler_folds(labelers, args.labeler_folds)
+    fold = folds[args.labeler_fold]
+    logger.info("reward: fold %d of %d keeps out %s", args.labeler_fold, len(folds), ", ".join(fold))
+    return fold
 
 
 if __name__ == "__main__":

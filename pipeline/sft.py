@@ -11,10 +11,10 @@ from pathlib import Path
 from pipeline.config.sft import SFTArguments
 from pipeline.config.stages import SUPPORT
 from pipeline.data.collators import BlockCollator
-from pipeline.data.encoding import ChatEncoder
+from pipeline.data.encoding import IGNORE, ChatEncoder
 from pipeline.data.mixing import mixture_indices
 from pipeline.data.packing import join_examples, pack_examples
-from pipeline.data.records import Record
+from pipeline.data.records import Record, at_row
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.splits import split_records
 from pipeline.errors import UserError
@@ -29,6 +29,7 @@ from pipeline.models.tokenizers import (
     set_stop_tokens,
     stop_token_ids,
 )
+from pipeline.models.trials import isolates_packed_documents
 from pipeline.rollout.greedy import GreedyScore
 from pipeline.rollout.rewards import ScoringSetup, build_scorer, identity
 from pipeline.training.lineage import verify_parent
@@ -89,9 +90,10 @@ def main(run: Run[SFTArguments]) -> None:
         raise UserError(f"no demonstration fits into max_tokens ({args.max_tokens}); raise it")
     if not held_out:
         raise UserError("no demonstration was held out; raise held_out_fraction or give more demonstrations")
-    rows = (
-        pack_examples(train_examples, args.max_tokens) if args.packing else [join_examples([e]) for e in train_examples]
-    )
+    packing = args.packing and isolates_packed_documents(model)
+    if args.packing and not packing:
+        logger.warning("sft: examples that share a row would see each other in this model; each gets a row of its own")
+    rows = pack_examples(train_examples, args.max_tokens) if packing else [join_examples([e]) for e in train_examples]
     logger.info("sft: %d demonstrations in %d rows, %d held out", len(train_examples), len(rows), len(held_out))
 
     trainer = DemonstrationTrainer(
@@ -106,7 +108,7 @@ def main(run: Run[SFTArguments]) -> None:
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         eval_dataset=datasets.Dataset.from_list([join_examples([e]) for e in held_out]),
-        data_collator=BlockCollator(tokenizer.pad_token_id),
+        data_collator=BlockCollator(tokenizer.pad_token_id, position_ids=packing),
         processing_class=tokenizer,
         peft_config=lora_config(model, args.lora, "CAUSAL_LM", tokenizer) if args.lora else None,
     )
@@ -162,25 +164,34 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
 
 
 def encode(encoder: ChatEncoder, source: Source, records: list[Record], args: SFTArguments) -> list[Example]:
-    """Token ids and labels of each demonstration that fits; the others are counted and named."""
-    examples, too_long = [], []
+    """Token ids and labels of each demonstration that fits; the others are counted and named.
+
+    A dialogue is one example, or one per answer where its template writes earlier answers otherwise than it prompts.
+    """
+    examples: list[Example] = []
+    too_long: list[int] = []
+    nothing_learnt: list[int] = []
     for record in records:
-        ids, labels = encoder.dialogue(record["messages"], record["first_trained"], args.loss_on)
-        if len(ids) > args.max_tokens:
-            too_long.append(record["line"])
-        else:
-            examples.append((ids, labels))
-    if too_long:
-        lines = ", ".join(map(str, too_long[:5])) + (", …" if len(too_long) > 5 else "")
-        logger.warning(
-            "sft: %s: %d of %d demonstrations are longer than max_tokens (%d) and left out (lines %s)",
-            source.name,
-            len(too_long),
-            len(records),
-            args.max_tokens,
-            lines,
-        )
+        with at_row(record):
+            encoded = encoder.examples(record["messages"], record["trained"], args.loss_on)
+        for ids, labels in encoded:
+            if len(ids) > args.max_tokens:
+                too_long.append(record["line"])
+            elif all(label == IGNORE for label in labels[1:]):
+                nothing_learnt.append(record["line"])
+            else:
+                examples.append((ids, labels))
+    warn_left_out(source, f"are longer than max_tokens ({args.max_tokens})", too_long, len(records))
+    warn_left_out(source, "hold no token that is learnt", nothing_learnt, len(records))
     return examples
+
+
+def warn_left_out(source: Source, why: str, lines: list[int], total: int) -> None:
+    if lines:
+        shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
+        logger.warning(
+            "sft: %s: %d of %d demonstrations %s and left out (lines %s)", source.name, len(lines), total, why, shown
+        )
 
 
 if __name__ == "__main__":

@@ -47,15 +47,16 @@ def child(args: argparse.Namespace) -> None:
     from pipeline.config.reward import RewardArguments
     from pipeline.data.batching import LengthGroupedSampler
     from pipeline.data.collators import RankingCollator
+    from pipeline.data.encoded_rankings import FEATURES, RankingOptions, encode_rankings, for_training
     from pipeline.data.encoding import ChatEncoder
     from pipeline.data.entries import DatasetEntry
-    from pipeline.data.records import PARSERS, read_jsonl
+    from pipeline.data.records import PARSERS, read_records
     from pipeline.data.splits import split_records
     from pipeline.evaluation.reward_model import score_rankings
     from pipeline.models.loading import disable_noise
     from pipeline.models.reward_model import init_head, load_scalar_model
     from pipeline.models.tokenizers import load_tokenizer
-    from pipeline.reward import FEATURES, RankingTrainer, encode, tensors_only
+    from pipeline.reward import RankingTrainer
 
     import datasets
     from transformers import set_seed
@@ -67,12 +68,18 @@ def child(args: argparse.Namespace) -> None:
     recipe = RewardArguments(
         output_dir=args.folder, parent=args.parent, datasets=[DatasetEntry(path=args.data)], max_tokens=args.max_tokens
     )
-    records = [r for r in read_jsonl(Path(args.data), PARSERS["ranking"]) if len(r["ranks"]) == args.responses]
+    records = [r for r in read_records(Path(args.data), PARSERS["ranking"]) if len(r["ranks"]) == args.responses]
     train, held_out = split_records(records, 0.1)
-    rows = list(encode(encoder, train[: args.rankings], recipe, "training"))
+    rows = list(
+        encode_rankings(encoder, train[: args.rankings], RankingOptions(max_tokens=recipe.max_tokens), "training")
+    )
     rows = [row for row in rows if row["pairs"]]
     pairs = sum(len(row["pairs"]) for row in rows)
-    test = [row for row in encode(encoder, held_out, recipe, "held-out") if row["pairs"]]
+    test = [
+        row
+        for row in encode_rankings(encoder, held_out, RankingOptions(max_tokens=recipe.max_tokens), "held-out")
+        if row["pairs"]
+    ]
 
     set_seed(args.seed)
     model = load_scalar_model(args.parent)
@@ -89,7 +96,7 @@ def child(args: argparse.Namespace) -> None:
     shared: dict[str, Any] = {"model": model, "args": config, "processing_class": tokenizer}
     trainer: Any
     if args.child == "ours":
-        table = datasets.Dataset.from_list([tensors_only(row) for row in rows], features=FEATURES)
+        table = datasets.Dataset.from_list([for_training(row) for row in rows], features=FEATURES)
         trainer = RankingTrainer(train_dataset=table, data_collator=RankingCollator(tokenizer.pad_token_id), **shared)
         trainer.order = LengthGroupedSampler(table["length"], args.rankings_per_step, args.seed)
         trainer.log = lambda *_: None  # the stage's own lines need the stage

@@ -17,15 +17,16 @@ from typing import Any
 
 from pipeline.config.reward import RewardArguments
 from pipeline.data.collators import RankingCollator
+from pipeline.data.encoded_rankings import FEATURES, RankingOptions, encode_rankings, for_training
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.entries import DatasetEntry
-from pipeline.data.records import PARSERS, read_jsonl
+from pipeline.data.records import PARSERS, read_records
 from pipeline.data.splits import split_records
 from pipeline.evaluation.reward_model import score_rankings
 from pipeline.models.loading import disable_noise
 from pipeline.models.reward_model import init_head, load_scalar_model
 from pipeline.models.tokenizers import load_tokenizer
-from pipeline.reward import FEATURES, RankingTrainer, encode, tensors_only
+from pipeline.reward import RankingTrainer
 
 import datasets
 import numpy as np
@@ -68,10 +69,22 @@ def main() -> None:
     recipe = RewardArguments(
         output_dir="-", parent=args.parent, datasets=[DatasetEntry(path=args.data)], max_tokens=args.max_tokens
     )
-    train, held_out = split_records(read_jsonl(Path(args.data), PARSERS["ranking"]), 0.1)
+    train, held_out = split_records(read_records(Path(args.data), PARSERS["ranking"]), 0.1)
     encoder = ChatEncoder(tokenizer)
-    together = [r for r in encode(encoder, train[: args.rankings], recipe, "training") if r["pairs"]]
-    test = [r for r in encode(encoder, held_out[: args.held_out], recipe, "held-out") if r["pairs"]]
+    together = [
+        r
+        for r in encode_rankings(
+            encoder, train[: args.rankings], RankingOptions(max_tokens=recipe.max_tokens), "training"
+        )
+        if r["pairs"]
+    ]
+    test = [
+        r
+        for r in encode_rankings(
+            encoder, held_out[: args.held_out], RankingOptions(max_tokens=recipe.max_tokens), "held-out"
+        )
+        if r["pairs"]
+    ]
     apart = [
         {
             **row,
@@ -103,7 +116,7 @@ def main() -> None:
                 )  # fmt: skip
                 trainer: Any = RankingTrainer(
                     model=model, args=config, processing_class=tokenizer, data_collator=RankingCollator(tokenizer.pad_token_id),
-                    train_dataset=datasets.Dataset.from_list([tensors_only(r) for r in mixed], features=FEATURES), callbacks=[measure],
+                    train_dataset=datasets.Dataset.from_list([for_training(r) for r in mixed], features=FEATURES), callbacks=[measure],
                 )  # fmt: skip
                 trainer.log = lambda *_: None
                 trainer.train()

@@ -1,1 +1,1 @@
-"""The maths of the four stages: torch and the standard library only, one function an equation."""
+"""The maths of the four stages: torch and the standard library only, one function per equation."""

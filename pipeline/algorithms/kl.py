@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log π/π_ref of the sampled token: unbiased, may be negative. The only one that is right inside the reward (A21)."""
+    """log π/π_ref of the sampled token: unbiased, may be negative. Inside the reward only this one has the right optimum."""
     return logprobs - ref_logprobs
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Half the squared log ratio: biased as a value, but its gradient in `logprobs` is that of the KL (A21): for a loss."""
+    """Half the squared log ratio: biased as a value, but its gradient in `logprobs` is that of the KL: for a loss."""
     return 0.5 * (logprobs - ref_logprobs) ** 2
 
 
@@ -25,7 +25,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horiz
     """Adaptive coefficient (Ziegler et al. 2019, section 2.2): times 1 + clip(kl / target - 1, ±0.2) · episodes / horizon.
 
     Args:
-        kl: nats a response (summed over its tokens), mean over the rollout.
+        kl: nats per response (summed over its tokens), mean over the rollout.
         episodes: responses of the rollout; horizon: episodes.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)

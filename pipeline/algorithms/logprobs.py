@@ -43,7 +43,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, with_entropy: bool = True) ->
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """One token a row by inversion: the first id whose cumulative probability exceeds the row's uniform number.
+    """One token per row by inversion: the first id whose cumulative probability exceeds the row's uniform number.
 
     Each row needs only its own number, so a sample does not depend on which other rows are in the batch.
 

@@ -12,7 +12,8 @@ from torch import Tensor
 def pair_losses(difference: Tensor, target: Tensor, tie: Tensor | None = None, tie_margin: float = 0.0) -> Tensor:
     """Cross-entropy of a pair under Bradley–Terry: P(better preferred) = sigmoid(difference).
 
-    With target 1 this is -log sigmoid(difference) (I22, eq. 1); 0.5 is a coin, anything between a doubt.
+    With target 1 this is -log sigmoid(difference) (InstructGPT, equation 1). 0.5 is an even preference; values in between
+    are soft labels.
 
     With a tie margin t > 0 the model is Rao and Kupper's (1967): P(preferred) = sigmoid(difference - t), either way
     round, and what is left of 1 is the probability of a tie, which is then an event of its own.
@@ -47,7 +48,7 @@ def ranking_loss(
     tie: Tensor | None = None,
     tie_margin: float = 0.0,
 ) -> Tensor:
-    """Mean over prompts of the mean over each prompt's pairs (I22, section 3.5).
+    """Mean over prompts of the mean over each prompt's pairs (InstructGPT, section 3.5).
 
     Args:
         scores: (responses,) of all prompts of the batch.

@@ -11,7 +11,7 @@ def lr_factor(
     """Factor of the peak learning rate at `step` (0-based) of `total`.
 
     A linear warm-up from `warmup_from` over `warmup` steps (the first step already moves: one `warmup`th), then "constant", "linear" to
-    `floor`, or "cosine" to `floor` (I22: cosine to 0.1).
+    `floor`, or "cosine" to `floor` (InstructGPT: cosine to 0.1).
     """
     if step < warmup:
         return warmup_from + (1 - warmup_from) * (step + 1) / warmup

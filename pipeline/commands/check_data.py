@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.cards import card_columns, split_files
-from pipeline.data.comparison_statistics import Survey, prompt_text
+from pipeline.data.comparison_statistics import ComparisonStatistics, prompt_text
 from pipeline.data.records import Record
 from pipeline.data.sources import column_map, iter_file
 from pipeline.errors import UserError
@@ -25,7 +25,7 @@ def is_data(target: str) -> bool:
     path = Path(target)
     if path.is_dir():
         return (path / "README.md").is_file() and not any(path.glob("*.yaml"))
-    return path.suffix in (".jsonl", ".gz", ".parquet", ".json")
+    return path.suffix in (".jsonl", ".gz", ".parquet", ".json", ".csv", ".tsv")
 
 
 def check_data(
@@ -38,7 +38,7 @@ def check_data(
     split: str = "train",
     seed: int = 0,
 ) -> int:
-    """Survey a file of comparisons or rankings; prints text or JSON.
+    """ComparisonStatistics a file of comparisons or rankings; prints text or JSON.
 
     Args:
         against: files of prompts or demonstrations whose prompts should not stand in this one.
@@ -55,20 +55,20 @@ def check_data(
         loaded = load_tokenizer(tokenizer)
         assign_template(loaded)
         encoder = ChatEncoder(loaded)
-    survey = Survey(held_out_fraction=held_out_fraction, seed=seed, remember_prompts=bool(against))
+    statistics = ComparisonStatistics(held_out_fraction=held_out_fraction, seed=seed, remember_prompts=bool(against))
     for record in _rankings(path, split, column_map(columns)):
-        survey.add(record)
+        statistics.add(record)
 
     def count_tokens(prompt: Any, responses: Sequence[str]) -> tuple[int, list[int]]:
         assert encoder is not None
         return len(encoder.prompt_ids(prompt)), [len(encoder.response_ids(response)) for response in responses]
 
-    found = {"file": str(path), **survey.result(count_tokens if encoder else None)}
-    found["against"] = [survey.against(other, _prompts(Path(other))) for other in against]
+    found = {"file": str(path), **statistics.result(count_tokens if encoder else None)}
+    found["against"] = [statistics.against(other, _prompts(Path(other))) for other in against]
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        _print_survey(found)
+        _print_statistics(found)
     return 0
 
 
@@ -87,7 +87,7 @@ def _prompts(path: Path) -> Iterator[tuple[int, str]]:
         yield record["line"], prompt_text(record["prompt"])
 
 
-def _print_survey(found: dict[str, Any]) -> None:
+def _print_statistics(found: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = Table("", "", title=found["file"], show_header=False, title_justify="left")
 

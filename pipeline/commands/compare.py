@@ -48,8 +48,8 @@ def compare_runs(first: str, second: str, as_json: bool = False) -> int:
     runs = [_lineages(Path(first)), _lineages(Path(second))]
     shared = [stage for stage in STAGES if stage in runs[0] and stage in runs[1]]
     if not shared:
-        found = [", ".join(run) for run in runs]
-        raise UserError(f"no stage in common: {first!r} has {found[0]}, {second!r} has {found[1]}")
+        stages = [", ".join(run) for run in runs]
+        raise UserError(f"no stage in common: {first!r} has {stages[0]}, {second!r} has {stages[1]}")
     report = {
         "runs": [first, second],
         "only": {
@@ -115,11 +115,11 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without paths; of a reward, what is no path: its functions and weights."""
     rewards = recipe.get("reward")
-    kept = {key: value for key, value in recipe.items() if key not in PLACES}
+    values = {key: value for key, value in recipe.items() if key not in PLACES}
     if isinstance(rewards, list):
         parts = [{key: v for key, v in part.items() if key != "model"} for part in rewards if isinstance(part, dict)]
-        kept["reward"] = parts
-    return _flat(kept)
+        values["reward"] = parts
+    return _flat(values)
 
 
 def _datasets(lineage: dict[str, Any]) -> dict[str, Any]:
@@ -156,9 +156,9 @@ def _print(report: dict[str, Any]) -> None:
     for name, stages in report["only"].items():
         if stages:
             console.print(f"only in {name}: {', '.join(stages)}", markup=False)
-    for stage, found in report["stages"].items():
-        headings = [heading for heading in found if heading != "same_weights"]
-        same = "the same weights" if found["same_weights"] else "other weights"
+    for stage, sections in report["stages"].items():
+        headings = [heading for heading in sections if heading != "same_weights"]
+        same = "the same weights" if sections["same_weights"] else "other weights"
         if not headings:
             console.print(f"[bold]{stage}[/]: {same}, nothing differs")
             continue
@@ -166,7 +166,7 @@ def _print(report: dict[str, Any]) -> None:
         for heading in headings:
             table.add_section()
             table.add_row(f"[bold]{heading}[/]", "", "")
-            for name, (a, b) in found[heading].items():
+            for name, (a, b) in sections[heading].items():
                 table.add_row(f"  {name}", _show(a), _show(b, a))
         console.print(table)
 

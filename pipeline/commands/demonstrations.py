@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config.rewards import RewardSource
 from pipeline.data.encoding import ChatEncoder
-from pipeline.data.records import PARSERS, read_jsonl
+from pipeline.data.records import PARSERS, read_records
 from pipeline.errors import UserError
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.precision import accelerator_type
@@ -46,7 +46,7 @@ def write_demonstrations(options: BestOfOptions) -> int:
     target = Path(options.output)
     if target.exists():
         raise UserError(f"--output {options.output!r} exists; nothing was overwritten, name another file")
-    records = read_jsonl(Path(options.prompts), PARSERS["prompt"])
+    records = read_records(Path(options.prompts), PARSERS["prompt"])
     tokenizer = load_tokenizer(options.policy)
     require_pad(tokenizer, options.policy)
     encoder = ChatEncoder(tokenizer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 
 
@@ -22,8 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pipeline.planning.plan import plan_recipe
+    from pipeline.planning.plan import PlanOptions, plan
+    from pipeline.planning.table import print_plan
     from pipeline.training.logs import quiet_libraries
 
     quiet_libraries()
-    return plan_recipe(args)
+    report = plan(PlanOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(PlanOptions)}))
+    if args.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        print_plan(report)
+    return 0

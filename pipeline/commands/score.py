@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.hashing import sha256_file
-from pipeline.data.records import PARSERS, Record, RecordError, iter_jsonl
-from pipeline.data.sources import column_map, renaming
+from pipeline.data.records import PARSERS, Record, RecordError, iter_records, renaming
+from pipeline.data.sources import column_map
 from pipeline.errors import UserError
 from pipeline.training.json_files import write_json
 
@@ -23,9 +24,17 @@ ROWS = 64  # scored and written together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=os.path.expanduser, help="JSONL of demonstrations, comparisons or rankings")
-    parser.add_argument("--reward", required=True, metavar="DIR", help="folder or Hub id of a reward model")
-    parser.add_argument("--output", metavar="FILE", help="default: the file's name with .scored.jsonl")
+    parser.add_argument(
+        "file",
+        type=os.path.expanduser,
+        help="demonstrations, comparisons or rankings, in any form that the stages read",
+    )
+    parser.add_argument(
+        "--reward", required=True, type=os.path.expanduser, metavar="DIR", help="folder or Hub id of a reward model"
+    )
+    parser.add_argument(
+        "--output", type=os.path.expanduser, metavar="FILE", help="default: the file's name with .scored.jsonl"
+    )
     parser.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="a column of another name")
 
 
@@ -73,12 +82,12 @@ def score_file(file: str, reward: str, output: str | None = None, columns: Seque
 
 def _records(source: Path, kind: str, columns: dict[str, str] | None) -> Iterator[Record]:
     parse = renaming(PARSERS[kind], columns)
-    return iter_jsonl(source, lambda row: {**parse(row), "row": row})  # the row as the file has it
+    return iter_records(source, lambda row: {**parse(row), "row": row})  # the row as the file has it
 
 
 def _kind_and_rows(source: Path, columns: dict[str, str] | None) -> tuple[str, int]:
     """What the file's first row is, and how many such rows it holds: all are checked before the model is loaded."""
-    first = next(iter_jsonl(source, lambda row: {"row": row}))["row"]
+    first = next(iter_records(source, lambda row: {"row": row}))["row"]
     try:
         renaming(PARSERS["ranking"], columns)(first)
         kind = "ranking"
@@ -96,8 +105,13 @@ def _scored(scorer: Any, kind: str, records: list[Record]) -> Iterator[str]:
         scorer([prompt for prompt, answers in texts for _ in answers], [a for _, answers in texts for a in answers])
     )
     for record, (_, answers) in zip(records, texts, strict=True):
-        found = [next(flat) for _ in answers]
-        added: dict[str, Any] = {"scores": found} if kind == "ranking" else {"score": found[0]}
+        scores = [next(flat) for _ in answers]
+        if not all(map(math.isfinite, scores)):
+            raise UserError(
+                f"line {record['line']}: the reward model gave {scores}; scores must be finite, so its weights or that row "
+                "are broken. Rows before it were written"
+            )
+        added: dict[str, Any] = {"scores": scores} if kind == "ranking" else {"score": scores[0]}
         yield json.dumps({**record["row"], **added}, ensure_ascii=False) + "\n"
 
 

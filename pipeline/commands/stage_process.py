@@ -44,9 +44,10 @@ def run_in_process(name: str, work: Callable[[], None], scratch: Path) -> list[s
 
 
 def _child(work: Callable[[], None], log: Path, error_file: Path) -> None:
-    with log.open("w", encoding="utf-8") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
+    out = log.open("w", encoding="utf-8", buffering=1)
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
+    sys.stdout = sys.stderr = out
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     code = 0
     try:
@@ -60,6 +61,5 @@ def _child(work: Callable[[], None], log: Path, error_file: Path) -> None:
             error_file.write_text(json.dumps(message), encoding="utf-8")
         else:
             traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    out.flush()
     os._exit(code)

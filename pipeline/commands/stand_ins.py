@@ -117,8 +117,8 @@ def save_shrunk(config: Any, target: Path, *, scalar: bool) -> None:
 
 
 def stand_in_tokenizer(target: Path) -> None:
-    from pipeline.data.records import PARSERS, read_jsonl
+    from pipeline.data.records import PARSERS, read_records
     from pipeline.models.tokenizer_training import train_tokenizer
 
-    rows = read_jsonl(ROOT / "data_cards" / "demo_corpus" / "train.jsonl", PARSERS["document"], 100)
+    rows = read_records(ROOT / "data_cards" / "demo_corpus" / "train.jsonl", PARSERS["document"], 100)
     train_tokenizer([row["text"] for row in rows], VOCABULARY).save_pretrained(target)

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.commands.stand_ins import own_config
 from pipeline.config.stages import check_sharding
 from pipeline.errors import UserError
-from pipeline.planning.sizing import parameters
+from pipeline.planning.parameters import parameters
 from pipeline.training.launcher import accelerate_config
 from pipeline.training.trackers import installed, wandb_login
 

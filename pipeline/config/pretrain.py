@@ -28,6 +28,7 @@ class PretrainArguments(TrainerArguments):
     tokenizer: str | None = key(None, "existing tokenizer (folder or Hub id) instead of training one", path=True)
     train_tokenizer: TokenizerOptions | None = key(None, "train a byte-level BPE on the corpora")
     block_tokens: int = key(256, "tokens in one packed block; documents are kept apart inside it", 8, 1e7)
+    router_aux_loss: float = key(0.0, "weight of the load-balancing loss of a mixture of experts", 0, 10)
     learning_rate: float = key(1e-3, "peak learning rate", 0, 10)
     epochs: float = key(1.0, "passes over the mixture", 1e-6, 1e5)
 

@@ -100,8 +100,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path
-        if prints_date(str(tokenizer.chat_template)):  # no stage froze it; within this process it is one day
-            tokenizer.chat_template = freeze_date(str(tokenizer.chat_template), datetime.date.today())
+        template = tokenizer.chat_template
+        if isinstance(template, str) and prints_date(template):  # no stage froze it; within this process it is one day
+            tokenizer.chat_template = freeze_date(template, datetime.date.today())
         if not tokenizer.chat_template:
             raise UserError(f"the tokenizer of {self.name!r} has no chat template; run SFT first, it assigns one")
         self.as_parts = self._wants_parts()

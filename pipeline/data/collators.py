@@ -23,19 +23,22 @@ class BlockCollator:
     """Packed rows: input_ids, position_ids, labels, each (rows, longest), and no attention mask.
 
     Padding stands last, counts its own positions from 0 (so it is a document of its own) and has no label.
+
+    Args:
+        position_ids: False where each row holds one document: a model counts its positions itself.
     """
 
     pad_id: int
+    position_ids: bool = True
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         input_ids = right_pad([row["input_ids"] for row in rows], self.pad_id)
+        labels = right_pad([row["labels"] for row in rows], IGNORE)
+        if not self.position_ids:
+            return {"input_ids": input_ids, "labels": labels}
         longest = input_ids.shape[1]
         positions = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
-        return {
-            "input_ids": input_ids,
-            "position_ids": torch.tensor(positions),
-            "labels": right_pad([row["labels"] for row in rows], IGNORE),
-        }
+        return {"input_ids": input_ids, "position_ids": torch.tensor(positions), "labels": labels}
 
 
 @dataclass

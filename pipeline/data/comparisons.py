@@ -1,27 +1,39 @@
-"""Rankings to pairs, and the records that cannot be trained on: found, counted, listed, never silent."""
+"""Rankings to pairs, and the rankings that cannot be trained on: found, counted, listed, never silent."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import TypedDict
 
 from pipeline.data.records import Record
+from pipeline.data.sources import Source
+from pipeline.data.splits import is_held_out
 
-Problem = tuple[int, str]
+Problem = tuple[int, str]  # line, reason
 
 
-def pairs_of(ranks: list[int], ties: str, target: float = 1.0) -> list[dict[str, Any]]:
+class Pair(TypedDict):
+    """Two responses of a ranking, by position."""
+
+    better: int
+    worse: int
+    target: float  # probability that `better` is preferred: 0.5 for a tie
+    tie: bool
+
+
+def pairs_of(ranks: Sequence[int], ties: str, target: float = 1.0) -> list[Pair]:
     """All K·(K−1)/2 pairs of a ranking, the better response first.
 
     Args:
         ranks: 1 is best; equal ranks tie.
-        ties: "drop" leaves tied pairs out (I22), "half" and "margin" keep them, with target 0.5.
+        ties: "drop" leaves tied pairs out (InstructGPT), "half" and "margin" keep them, with target 0.5.
         target: probability that the labeler's preference is right.
     """
-    pairs = []
+    pairs: list[Pair] = []
     for i, j in combinations(range(len(ranks)), 2):
         if ranks[i] == ranks[j]:
             if ties != "drop":
@@ -32,8 +44,8 @@ def pairs_of(ranks: list[int], ties: str, target: float = 1.0) -> list[dict[str,
     return pairs
 
 
-class Sieve:
-    """Parts trainable rankings from the others, one record at a time, remembering 16 bytes for each.
+class RankingValidator:
+    """Says which rankings cannot be trained on, one record at a time, remembering 16 bytes for each.
 
     Not trainable: dialogues that differ before their last answer, one response only, all tied (with ties dropped),
     every response the same, the same response at two ranks, an empty response, an exact duplicate (same labeler, or
@@ -43,52 +55,54 @@ class Sieve:
 
     def __init__(self, ties: str):
         self.ties = ties
-        self._seen: dict[bytes, int] = {}
-        self._verdicts: dict[bytes, int] = {}
+        self._lines: dict[bytes, int] = {}  # ranking → line
+        self._judgements: dict[bytes, int] = {}  # (prompt, better, worse, labeler) → line
 
     def problem(self, record: Record) -> str | None:
         """Why the record cannot be trained on, or None."""
-        responses, ranks = record["responses"], record["ranks"]
-        if reason := _problem(responses, ranks, record, self.ties):
+        if reason := _own_problem(record, self.ties):
             return reason
         prompt = digest(repr(record["prompt"]))
-        labeler = record.get("labeler")
-        texts = [digest(response) for response in responses]
-        key = digest(prompt + b"".join(texts) + repr((ranks, labeler)).encode())
-        if key in self._seen:
-            return f"duplicate of line {self._seen[key]}"
-        if labeler is not None:
-            found = []
-            for i, j in combinations(range(len(ranks)), 2):
-                if ranks[i] != ranks[j]:
-                    better, worse = (texts[i], texts[j]) if ranks[i] < ranks[j] else (texts[j], texts[i])
-                    opposite = digest(prompt + worse + better + labeler.encode())
-                    if opposite in self._verdicts:
-                        return f"contradicts line {self._verdicts[opposite]}: the same labeler chose the other response"
-                    found.append(digest(prompt + better + worse + labeler.encode()))
-            for verdict in found:
-                self._verdicts.setdefault(verdict, record["line"])
-        self._seen[key] = record["line"]
+        texts = [digest(response) for response in record["responses"]]
+        key = digest(prompt + b"".join(texts) + repr((record["ranks"], record.get("labeler"))).encode())
+        if key in self._lines:
+            return f"duplicate of line {self._lines[key]}"
+        judgements = _judgements(record, prompt, texts)
+        for _, opposite in judgements:
+            if opposite in self._judgements:
+                return f"contradicts line {self._judgements[opposite]}: the same labeler chose the other response"
+        for judgement, _ in judgements:
+            self._judgements.setdefault(judgement, record["line"])
+        self._lines[key] = record["line"]
         return None
 
 
-def sift(records: Iterable[Record], ties: str) -> tuple[list[int], list[Problem]]:
-    """A whole `Sieve`.
+def _judgements(record: Record, prompt: bytes, texts: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """(judgement, its opposite) of each strict pair of a named labeler."""
+    if "labeler" not in record:
+        return []
+    labeler = record["labeler"].encode()
+    ordered = [(texts[p["better"]], texts[p["worse"]]) for p in pairs_of(record["ranks"], "drop")]
+    return [(digest(prompt + a + b + labeler), digest(prompt + b + a + labeler)) for a, b in ordered]
+
+
+def find_invalid_rankings(records: Iterable[Record], ties: str) -> tuple[list[int], list[Problem]]:
+    """`RankingValidator` over all records.
 
     Returns:
-        kept: positions of the trainable records
+        valid: positions of the trainable records
         problems: (line, reason) of each other one
     """
-    sieve = Sieve(ties)
-    kept: list[int] = []
+    validator = RankingValidator(ties)
+    valid: list[int] = []
     problems: list[Problem] = []
     for position, record in enumerate(records):
-        reason = sieve.problem(record)
+        reason = validator.problem(record)
         if reason is None:
-            kept.append(position)
+            valid.append(position)
         else:
             problems.append((record["line"], reason))
-    return kept, problems
+    return valid, problems
 
 
 def digest(data: str | bytes) -> bytes:
@@ -96,9 +110,10 @@ def digest(data: str | bytes) -> bytes:
     return hashlib.blake2b(data.encode() if isinstance(data, str) else data, digest_size=16).digest()
 
 
-def _problem(responses: list[str], ranks: list[int], record: Record, ties: str) -> str | None:
+def _own_problem(record: Record, ties: str) -> str | None:
+    responses, ranks = record["responses"], record["ranks"]
     if "problem" in record:
-        return str(record["problem"])
+        return record["problem"]
     if len(responses) < 2:
         return "a ranking of one response"
     if not all(response.strip() for response in responses):
@@ -113,14 +128,59 @@ def _problem(responses: list[str], ranks: list[int], record: Record, ties: str) 
     return None
 
 
-def kind(reason: str) -> str:
+def reason_kind(reason: str) -> str:
     """A problem without the line that it refers to."""
     return reason.split(" of line")[0].split(" line ")[0]
 
 
 def summary(problems: list[Problem], source: str, listed: int = 5) -> str:
     """One line on dropped records: how many, why, and where the first ones stand."""
-    reasons = Counter(kind(reason) for _, reason in problems)
+    reasons = Counter(reason_kind(reason) for _, reason in problems)
     why = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
     lines = ", ".join(str(line) for line, _ in problems[:listed]) + (", …" if len(problems) > listed else "")
     return f"{source}: dropped {len(problems)} rankings ({why}; lines {lines})"
+
+
+# ------------------------------------------------------------------------------------------------ who is held out
+
+
+@dataclass
+class RankingSplit:
+    """Where each record goes: positions in each source, in reading order."""
+
+    training: list[list[int]] = field(default_factory=list)
+    held_out: list[list[int]] = field(default_factory=list)  # unseen prompts, labelers of the training data
+    held_out_labelers: list[list[int]] = field(default_factory=list)  # unseen prompts, labelers kept out of training
+
+
+def labelers_of(sources: Sequence[Source]) -> list[str]:
+    """Names of all labelers, sorted."""
+    return sorted({record["labeler"] for source in sources for record in source.records if "labeler" in record})
+
+
+def split_rankings(
+    sources: Sequence[Source], held_out_fraction: float, held_out_labelers: Sequence[str]
+) -> RankingSplit:
+    """By labeler, then by the record's own `split` or its prompt's hash.
+
+    Held-out labelers are evaluated only on prompts that do not occur in the training set.
+    """
+    split = RankingSplit()
+    training_prompts: set[bytes] = set()
+    others: list[list[tuple[int, bytes]]] = []
+    for source in sources:
+        parts: tuple[list[int], list[int], list[tuple[int, bytes]]] = ([], [], [])
+        for position, record in enumerate(source.records):
+            prompt = digest(repr(record["prompt"]))
+            if record.get("labeler") in held_out_labelers:
+                parts[2].append((position, prompt))
+            elif is_held_out(record, held_out_fraction):
+                parts[1].append(position)
+            else:
+                training_prompts.add(prompt)
+                parts[0].append(position)
+        split.training.append(parts[0])
+        split.held_out.append(parts[1])
+        others.append(parts[2])
+    split.held_out_labelers = [[p for p, prompt in part if prompt not in training_prompts] for part in others]
+    return split

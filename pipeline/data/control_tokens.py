@@ -11,7 +11,13 @@ from pipeline.data.chat_template import ChatTemplate, TemplateRefusal
 
 from transformers import PreTrainedTokenizerBase
 
-MARKUP = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+MARKUP = re.compile(r"<[|｜].*[|｜]>|</?(?P<name>[A-Za-z_]\w*)>", re.DOTALL)
+# Gemma's tokenizer and others hold HTML as ordinary text.
+HTML = re.compile(
+    "a|b|blockquote|body|br|caption|code|div|em|h[1-6]|head|hr|html|i|img|li|ol|p|pre|s|span|strong|su[bp]|"
+    "t(able|body|d|foot|h|head|itle|r)|ul?",
+    re.IGNORECASE,
+)
 Part = tuple[str, bool]  # text, whether it is content
 Span = tuple[int, int]
 Placed = tuple[list[int], list[Span]]  # ids, and where in the text each of them stands
@@ -26,15 +32,17 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that steer a model rather than being read: special tokens, and added tokens that act like them.
 
-    An added token that is not special counts if the chat template writes it (`<think>`, turn tokens) or if it looks like
-    `<|…|>`. Other added tokens (words, runs of spaces, HTML tags) are ordinary text. The token for unknown text is none.
+    An added token that is not special counts if the chat template writes it (turn tokens) or if it looks like `<|…|>` or
+    `<think>`. Other added tokens (words, runs of spaces, HTML) are ordinary text. The token for unknown text is none.
     """
     template = tokenizer.chat_template or ""
     template = template if isinstance(template, str) else "".join(template.values())
     ids = special_token_ids(tokenizer)
     for i, token in tokenizer.added_tokens_decoder.items():
         text = token.content.strip()
-        if text and (MARKUP.fullmatch(text) or (not text.isalnum() and text in template)):
+        markup = MARKUP.fullmatch(text)
+        steers = markup is not None and HTML.fullmatch(markup["name"] or "") is None
+        if text and (steers or (not text.isalnum() and text in template)):
             ids.add(i)
     steering = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     return ids - ({tokenizer.unk_token_id} - steering)

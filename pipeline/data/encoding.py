@@ -88,13 +88,13 @@ class ChatEncoder:
         return [text.removeprefix(prefix) for text in texts]
 
     def dialogue(
-        self, messages: Sequence[Message], first_trained: int = 0, loss_on: str = "responses"
+        self, messages: Sequence[Message], trained: Sequence[bool] | None = None, loss_on: str = "responses"
     ) -> tuple[list[int], list[int]]:
         """A dialogue that ends with an answer, and its labels.
 
         Args:
             messages: the last one from the assistant.
-            first_trained: answers from this index on are trained.
+            trained: of each message, whether it is learnt; default: every answer.
             loss_on: "responses" (each with its end), or "all" tokens.
 
         Returns:
@@ -108,25 +108,26 @@ class ChatEncoder:
             return ids + response, ids + response
         labels = [IGNORE] * len(ids)
         for index, message in enumerate(prompt):
-            if message["role"] == "assistant" and index + merged >= first_trained and self.trains_earlier:
+            learnt = trained is None or trained[index + merged]
+            if message["role"] == "assistant" and learnt and self.trains_earlier:
                 start, end = spans[index]
                 labels[start:end] = ids[start:end]
                 while end < len(ids) and ids[end] not in self.text.control and self._is_space(ids[end]):
                     end += 1  # some templates write white space before the end of an answer
                 if end < len(ids) and ids[end] in (self.end_id, self.eos_id):
                     labels[end] = ids[end]
-        last = response if len(messages) > first_trained else [IGNORE] * len(response)
-        return ids + response, labels + last
+        last_learnt = trained is None or trained[-1]
+        return ids + response, labels + (response if last_learnt else [IGNORE] * len(response))
 
     def examples(
-        self, messages: Sequence[Message], first_trained: int = 0, loss_on: str = "responses"
+        self, messages: Sequence[Message], trained: Sequence[bool] | None = None, loss_on: str = "responses"
     ) -> list[tuple[list[int], list[int]]]:
         """`dialogue`, as one example; or one example per trained answer where the template writes another header before
         earlier answers than serving prompts with (reasoning templates)."""
         if self.trains_earlier or loss_on == "all":
-            return [self.dialogue(messages, first_trained, loss_on)]
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first_trained]
-        return [self.dialogue(messages[: i + 1], i) for i in answers]
+            return [self.dialogue(messages, trained, loss_on)]
+        learnt = [m["role"] == "assistant" for m in messages] if trained is None else trained
+        return [self.dialogue(messages[: i + 1], [False] * i + [True]) for i, flag in enumerate(learnt) if flag]
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -167,7 +168,7 @@ class ChatEncoder:
         if not self.trains_earlier:
             notes.append(
                 f"the chat template writes {self.template.history_header!r} before earlier answers but prompts with "
-                f"{self.template.header!r}; in one example only the last answer of a dialogue is trained"
+                f"{self.template.header!r}; each answer is an example of its own"
             )
         if difference := self._serving_difference():
             notes.append(difference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,12 +12,18 @@ class DatasetEntry:
 
     path: str | None = field(
         default=None,
-        metadata={"help": "file (.jsonl, .jsonl.gz, .parquet, .txt) or folder with a dataset card", "path": True},
+        metadata={
+            "help": "file (.jsonl, .json, .csv, .parquet, .txt; also .gz) or folder with a dataset card",
+            "path": True,
+        },
     )
     hub: str | None = field(default=None, metadata={"help": "dataset id on the Hub, instead of path"})
     name: str | None = field(default=None, metadata={"help": "name in reports; default: the last part of path or hub"})
     subset: str | None = field(default=None, metadata={"help": "configuration name of a Hub dataset"})
-    split: str = field(default="train", metadata={"help": "split of a card folder or Hub dataset"})
+    split: str = field(
+        default="train",
+        metadata={"help": "split of a card folder or Hub dataset; of a file: only rows whose own `split` is this"},
+    )
     revision: str | None = field(default=None, metadata={"help": "revision of a Hub dataset"})
     columns: dict[str, str] | None = field(default=None, metadata={"help": "column map: our name → the file's name"})
     weight: float | None = field(
@@ -32,6 +39,13 @@ class DatasetEntry:
     )
     document_separator: str | None = field(
         default=None, metadata={"help": "text that separates the documents of a .txt file"}
+    )
+    problems: Literal["drop", "error"] | None = field(
+        default=None,
+        metadata={
+            "help": "drop: leave broken rows out and name them; error: refuse rows that hold nothing to learn from too; "
+            "default: refuse broken rows, leave the others out"
+        },
     )
     response_suffix: str | None = field(
         default=None, metadata={"help": "literal end mark that the file's responses carry; removed and counted"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Any
 
 from pipeline.data.cards import card_columns, split_files
 from pipeline.data.entries import DatasetEntry
+from pipeline.data.files import FileRow, iter_rows, plain_row, read_text
 from pipeline.data.hashing import sha256_file
-from pipeline.data.records import PARSERS, Problems, Record, RecordError, iter_jsonl
+from pipeline.data.mixing import all_weighted
+from pipeline.data.records import PARSERS, Record, RowReader
 from pipeline.data.splits import split_records
 from pipeline.errors import UserError
 
@@ -35,6 +37,7 @@ class Source:
     location: str = ""
     revision: str | None = None
     single_document: bool = False
+    problems: str | None = None  # of its entry
 
     def provenance(self) -> dict[str, Any]:
         return {
@@ -46,30 +49,38 @@ class Source:
         }
 
 
-def read_sources(entries: Sequence[DatasetEntry], kind: str, data_root: str, spool: bool = False) -> list[Source]:
+def read_sources(entries: Sequence[DatasetEntry], kind: str, data_root: str, on_disk: bool = False) -> list[Source]:
     """Read and check all entries as records of `kind` (a key of `records.PARSERS`).
 
-    With `spool` the records wait on disk (see `spool.spooled`), so that a file may be larger than memory.
+    With `on_disk` the records wait in a file (see `arrow_storage.store_records`), so that a dataset may be larger than memory.
     """
-    return [read_source(entry, kind, Path(data_root), spool) for entry in entries]
+    all_weighted([entry.weight for entry in entries])
+    return [read_source(entry, kind, Path(data_root), on_disk) for entry in entries]
 
 
-def read_source(entry: DatasetEntry, kind: str, data_root: Path, spool: bool = False) -> Source:
+def read_source(entry: DatasetEntry, kind: str, data_root: Path, on_disk: bool = False) -> Source:
     if (entry.path is None) == (entry.hub is None):
         raise UserError("datasets: each entry names exactly one of `path:` and `hub:`")
     if entry.hub is not None:
-        return _read_hub(entry, kind, spool)
+        return _read_hub(entry, kind, on_disk)
     assert entry.path is not None
     path = data_root / entry.path
     if not path.exists():
         raise UserError(f"dataset {str(path)!r} does not exist; correct `path:` or say --data-root")
     files = files_of(entry, path)
     columns = entry.columns or (card_columns(path) if path.is_dir() else None)
-    name = entry.name or path.name.split(".")[0]
-    stream = (record for file in files for record in iter_file(file, kind, columns, entry))
-    records = _gather(itertools.islice(_strip_responses(stream, entry, str(path)), entry.max_rows), spool)
-    single = len(records) == 1 and all(file.suffix == ".txt" for file in files)
-    return Source(name, records, digest_of(files), entry.weight, entry.path, single_document=single)
+    own_split = entry.split if path.is_file() and entry.split != "train" else None
+    stream = _iter_files(files, kind, columns, entry, own_split)
+    records = _gather(_strip_responses(stream, entry, str(path)), on_disk)
+    return Source(
+        name=entry.name or path.name.split(".")[0],
+        records=records,
+        sha256=digest_of(files),
+        weight=entry.weight,
+        location=entry.path,
+        single_document=len(records) == 1 and all(file.suffix == ".txt" for file in files),
+        problems=entry.problems,
+    )
 
 
 def files_of(entry: DatasetEntry, path: Path) -> list[Path]:
@@ -82,88 +93,119 @@ def digest_of(files: Sequence[Path]) -> str:
     return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
 
 
-def _gather(records: Iterator[Record], spool: bool) -> Sequence[Record]:
-    if not spool:
+def _gather(records: Iterator[Record], on_disk: bool) -> Sequence[Record]:
+    if not on_disk:
         return list(records)
-    from pipeline.data.arrow_storage import spooled
+    from pipeline.data.arrow_storage import store_records
 
-    return spooled(records)
+    return store_records(records)
+
+
+def _iter_files(
+    files: Sequence[Path], kind: str, columns: dict[str, str] | None, entry: DatasetEntry, own_split: str | None
+) -> Iterator[Record]:
+    """The records of an entry's files, one at a time, at most `max_rows` in all.
+
+    Args:
+        own_split: only rows whose own `split` is this one.
+    """
+    left, unlimited = entry.max_rows, dataclasses.replace(entry, max_rows=None)
+    for file in files:
+        if left == 0:
+            return
+        if own_split is None:
+            records = iter_file(file, kind, columns, dataclasses.replace(entry, max_rows=left))
+        else:
+            records = iter(list(_of_split(iter_file(file, kind, columns, unlimited), own_split, str(file)))[:left])
+        for record in records:
+            left = None if left is None else left - 1
+            yield record
 
 
 def iter_file(
     file: Path, kind: str, columns: dict[str, str] | None = None, entry: DatasetEntry | None = None
 ) -> Iterator[Record]:
     """The records of one file, one at a time."""
-    parse = renaming(PARSERS[kind], columns)
-    max_rows = entry.max_rows if entry else None
+    entry = entry or DatasetEntry()
     if file.suffix == ".txt":
         if kind != "document":
             raise UserError(f"a .txt file holds documents, this stage needs {kind}s as JSONL", file=file)
-        return iter(_read_text(file, entry.document_separator if entry else None))
-    if file.name.endswith((".jsonl", ".jsonl.gz", ".json")):
-        return iter_jsonl(file, parse, max_rows)
-    if file.suffix == ".parquet":
-        return _parse_rows(str(file), _parquet_rows(file), parse, max_rows)
-    raise UserError("unknown file type; use .jsonl, .jsonl.gz, .parquet or .txt", file=file)
+        return _text_documents(file, entry.document_separator, entry.max_rows)
+    reader = RowReader(str(file), PARSERS[kind], problems=entry.problems, name_unread=kind != "prompt")
+    return reader.read(iter_rows(file), columns, entry.max_rows)
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
+def _of_split(records: Iterator[Record], split: str, where: str) -> Iterator[Record]:
+    """The rows of a plain file whose own `split` is the one that the recipe names."""
+    others: Counter[str] = Counter()
+    kept = 0
+    for record in records:
+        if record.get("split", "").strip().lower() == split.lower():
+            kept += 1
+            yield record
+        else:
+            others[record.get("split", "none")] += 1
+    if not kept:
+        names = ", ".join(f"{name} ({count})" for name, count in others.most_common(5))
+        raise UserError(
+            f"no row's own `split` is {split!r} (rows name: {names}); drop `split:` or name another", file=where
+        )
 
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"is no readable parquet file: {error}", file=file) from error
 
-
-def _read_text(file: Path, separator: str | None) -> list[Record]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8", file=file) from None
+def _text_documents(file: Path, separator: str | None, max_rows: int | None) -> Iterator[Record]:
+    text = read_text(file)
     documents = text.split(separator) if separator else [text]
-    records = [{"text": document, "line": number} for number, document in enumerate(documents, 1) if document.strip()]
-    if not records:
+    numbered = [(number, document) for number, document in enumerate(documents, 1) if document.strip()]
+    if not numbered:
         raise UserError("is empty", file=file)
-    return records
+    for number, document in numbered[:max_rows]:
+        yield {"text": document, "file": str(file), "line": number}
 
 
-def _read_hub(entry: DatasetEntry, kind: str, spool: bool) -> Source:
-    from datasets import load_dataset
-
+def _read_hub(entry: DatasetEntry, kind: str, on_disk: bool) -> Source:
     assert entry.hub is not None
-    try:
-        table = load_dataset(entry.hub, entry.subset, split=entry.split, revision=entry.revision)
-    except (OSError, ValueError) as error:  # not found, offline, no such split: datasets raises these
-        raise UserError(f"dataset {entry.hub!r} cannot be had from the Hub: {str(error).splitlines()[0]}") from error
+    table = _load_hub(entry)
     if entry.max_rows is not None:
         table = table.select(range(min(entry.max_rows, len(table))))
-    rows = _parse_rows(entry.hub, iter(table), renaming(PARSERS[kind], entry.columns), None)
-    records = _gather(_strip_responses(rows, entry, entry.hub), spool)
+    reader = RowReader(entry.hub, PARSERS[kind], problems=entry.problems, name_unread=kind != "prompt")
+    rows = (FileRow(number, plain_row(row)) for number, row in enumerate(table, 1))
+    records = _gather(_strip_responses(reader.read(rows, entry.columns), entry, entry.hub), on_disk)
     digest = hashlib.sha256()
     for row in table:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    name = entry.name or entry.hub.split("/")[-1]
-    return Source(name, records, digest.hexdigest(), entry.weight, entry.hub, revision=entry.revision)
+    return Source(
+        name=entry.name or entry.hub.split("/")[-1],
+        records=records,
+        sha256=digest.hexdigest(),
+        weight=entry.weight,
+        location=entry.hub,
+        revision=entry.revision,
+        problems=entry.problems,
+    )
 
 
-def _parse_rows(source: str, rows: Iterator[dict[str, Any]], parse: Any, max_rows: int | None) -> Iterator[Record]:
-    problems, count = Problems(source), 0
-    for number, row in enumerate(rows, 1):
-        if max_rows is not None and number > max_rows:
-            break
-        try:
-            record = {**parse({k: v for k, v in row.items() if v is not None}), "line": number}
-        except RecordError as error:
-            problems.add(number, str(error))
-            continue
-        count += 1
-        yield record
-    problems.refuse()
-    if not count:
-        raise UserError(f"{source} has no rows")
+def _load_hub(entry: DatasetEntry) -> Any:
+    """The table of a Hub dataset's split.
+
+    Raises:
+        UserError: not found, offline, no such split; made by a script; files with different columns.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(entry.hub, entry.subset, split=entry.split, revision=entry.revision)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        remedy = ""
+        if "script" in reason.lower():
+            remedy = (
+                "; download its data files, or name a revision that holds Parquet (`revision: refs/convert/parquet`)"
+            )
+        elif "column" in reason.lower() or "cast" in type(error).__name__.lower():
+            remedy = "; its files differ in their columns: name one configuration with `subset:`, or download the files"
+        raise UserError(f"dataset {entry.hub!r} cannot be had from the Hub: {reason}{remedy}") from error
 
 
 def _strip_responses(records: Iterator[Record], entry: DatasetEntry, where: str) -> Iterator[Record]:
@@ -175,12 +217,12 @@ def _strip_responses(records: Iterator[Record], entry: DatasetEntry, where: str)
     if not suffix:
         yield from records
         return
-    found = total = 0
+    stripped_count = total = 0
     empty: list[int] = []
     for record in records:
         answers = _answers(record)
         total += len(answers)
-        found += sum(text.endswith(suffix) for text in answers)
+        stripped_count += sum(text.endswith(suffix) for text in answers)
         stripped = [text.removesuffix(suffix).rstrip() if text.endswith(suffix) else text for text in answers]
         if "messages" in record:
             record["messages"][-1]["content"] = stripped[0]
@@ -190,9 +232,9 @@ def _strip_responses(records: Iterator[Record], entry: DatasetEntry, where: str)
         elif "responses" in record:
             record["responses"] = stripped  # one that is empty now is a defect for `problems:`
         yield record
-    if not found and total:
+    if not stripped_count and total:
         raise UserError(f"response_suffix: no response ends in {suffix!r}; drop the key", file=where)
-    logger.info("%s: response_suffix %r taken off %d of %d responses", where, suffix, found, total)
+    logger.info("%s: response_suffix %r taken off %d of %d responses", where, suffix, stripped_count, total)
     if empty:
         lines = ", ".join(map(str, empty[:5])) + (", …" if len(empty) > 5 else "")
         logger.warning(
@@ -215,23 +257,6 @@ def column_map(columns: Sequence[str]) -> dict[str, str] | None:
     return {ours: theirs for ours, _, theirs in pairs} or None
 
 
-def renaming(parse: Any, columns: dict[str, str] | None) -> Any:
-    """`parse` after renaming the file's columns to ours (`columns`: ours → the file's)."""
-    if not columns:
-        return parse
-
-    def renamed(row: dict[str, Any]) -> Record:
-        for ours, theirs in columns.items():
-            if theirs not in row:
-                raise RecordError(
-                    f"no column `{theirs}` (columns: {ours} ← {theirs}); columns are: {', '.join(sorted(row))}"
-                )
-        mapped = {ours: row[theirs] for ours, theirs in columns.items()}
-        return parse({**{k: v for k, v in row.items() if k not in columns.values()}, **mapped})
-
-    return renamed
-
-
 def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """What identifies the data of a run: content, order and weights."""
     return [{"sha256": s.sha256, "rows": len(s.records), "weight": s.weight} for s in sources]
@@ -244,10 +269,10 @@ def replace_records(source: Source, records: Sequence[Record]) -> Source:
 def split_texts(source: Source, fraction: float) -> tuple[list[str], list[str]]:
     """(train, held-out) texts: by hash of the document; of a single document, its last part, cut at a line's end."""
     if not source.single_document:
-        kept, held_out = split_records(source.records, fraction)
-        if not kept:
+        train, held_out = split_records(source.records, fraction)
+        if not train:
             raise UserError(f"{source.name}: no document is left to train on; lower held_out_fraction")
-        return [r["text"] for r in kept], [r["text"] for r in held_out]
+        return [r["text"] for r in train], [r["text"] for r in held_out]
     text = source.records[0]["text"]
     cut = text.find("\n", math.floor(len(text) * (1 - SINGLE_DOCUMENT_HELD_OUT))) + 1
     return ([text[:cut]], [text[cut:]]) if 0 < cut < len(text) else ([text], [])

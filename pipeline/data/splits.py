@@ -5,19 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-from pipeline.data.records import Record
-from pipeline.errors import UserError
+from pipeline.data.files import RecordError
+from pipeline.errors import UserError, shorten
 
-HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "held_out", "eval")
+if TYPE_CHECKING:
+    from pipeline.data.records import Record
+
+TRAINING_NAMES = ("train", "training")
+HELD_OUT_NAMES = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "held_out")
+
+
+def split_side(name: str) -> Literal["training", "held out"]:
+    """Which side a row's own `split` puts it on.
+
+    Raises:
+        RecordError: the name is of neither side.
+    """
+    plain = name.strip().lower().replace("-", "_")
+    if plain in TRAINING_NAMES:
+        return "training"
+    if plain in HELD_OUT_NAMES:
+        return "held out"
+    raise RecordError(
+        f"`split` {shorten(name)} is of neither side; write {' or '.join(TRAINING_NAMES)}, or one of {', '.join(HELD_OUT_NAMES)}"
+    )
 
 
 def split_key(record: Record) -> str:
     """The text whose hash decides: a prompt's messages, or a document's text."""
     if "text" in record:
         return str(record["text"])
-    messages: list[dict[str, Any]] = record["prompt"] if "prompt" in record else record["messages"]
+    messages = record["prompt"] if "prompt" in record else record["messages"]
     # Up to the first answer: dialogues that begin alike stay together, however long they go on.
     first_answer = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     opening = messages[:first_answer] or messages
@@ -26,7 +46,7 @@ def split_key(record: Record) -> str:
 
 def is_held_out(record: Record, fraction: float) -> bool:
     if "split" in record:
-        return record["split"] in HELD_OUT_NAMES
+        return split_side(record["split"]) == "held out"
     digest = hashlib.sha256(split_key(record).encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 

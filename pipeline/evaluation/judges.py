@@ -89,15 +89,15 @@ class JudgePanel:
         if self.reward is None:
             return {}
         try:
-            found = self._scorer(REWARD, self.reward.sources, answers)(answers.answers)
+            scored = self._scorer(REWARD, self.reward.sources, answers)(answers.answers)
         except UserError as error:
             self.run.note(f"{REWARD}: does not judge here: {error}")
             return {}
-        parts = {name: values.tolist() for name, values in found.parts.items() if name != DISAGREEMENT}
+        parts = {name: values.tolist() for name, values in scored.parts.items() if name != DISAGREEMENT}
         if len(parts) == 1 and self.reward.sources[0].function is not None:
             parts = {}  # a single function is the reward itself
         own = {_part_label(name): values for name, values in parts.items()}
-        return {REWARD: self.reward.after_rule(found.scores, answers.finished).tolist(), **own}
+        return {REWARD: self.reward.after_rule(scored.scores, answers.finished).tolist(), **own}
 
     def _scorer(self, name: str, sources: list[RewardSource], answers: ModelAnswers) -> Scorer:
         key = (name, tokenizer_hashes(answers.encoder.tokenizer), tuple(answers.stop_ids))
@@ -170,8 +170,9 @@ def _judge_models(run: RunFolder, folders: Sequence[str]) -> dict[str, str]:
             run.note(f"judge {folder}: is the reward model that PPO trained on, which is asked as {REWARD_MODEL!r}")
             continue
         name = Path(folder).name
-        taken = name in (REWARD, REWARD_MODEL, *models)
-        models["/".join(Path(folder).resolve().parts[-2:]) if taken else name] = folder
+        if name in (REWARD, REWARD_MODEL, *models):
+            name = "/".join(Path(folder).resolve().parts[-2:])
+        models[name] = folder
     return models
 
 

@@ -32,7 +32,8 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 TRIES, PAUSE, AT_ONCE = 3, 2.0, 8
 READ_TIMEOUT, REPLY_SECONDS, REPLY_BYTES = 60.0, 180.0, 2**20  # of one read; of a whole reply
 REPLY_TOKENS = 512
-FINAL = (301, 302, 303, 307, 308, 400, 401, 403, 404, 413, 422)  # asking again changes nothing
+OF_THE_QUESTION = (400, 413, 422)  # statuses; asking the same again changes nothing, asking something else may
+OF_THE_SERVER = (301, 302, 303, 307, 308, 401, 403, 404)  # statuses; asking anything again changes nothing
 QUESTION = """You compare two answers to the same request. Judge which one serves the person better: it does what was asked, is \
 correct, honest and harmless, and says no more than it needs. Length alone is no merit, nor is the order in which they stand.
 
@@ -48,7 +49,11 @@ Answer B:
 Which answer is better? Reply with one letter, A or B. If you must explain, end with a line "Verdict: A" or "Verdict: B"."""
 
 Choice = str | Exception
-"""“A”, “B”, or why neither was said."""
+"""“A”, “B”, or why there is no verdict."""
+
+
+class NoServer(UserError):
+    """No question is answered there."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,8 @@ class RemoteJudge:
         )
         with client:
             first = [self._ask(client, question) for question in questions[:1]]
-            if first and isinstance(first[0], Exception):
-                return first * len(questions)  # nobody answers there: do not wait for each question in turn
+            if first and isinstance(first[0], NoServer):
+                return first * len(questions)  # do not wait for each question in turn
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 return [*first, *pool.map(lambda question: self._ask(client, question), questions[1:])]
 
@@ -150,11 +155,12 @@ class RemoteJudge:
                 return choice_in(self._reply(client, question))
             except httpx.HTTPStatusError as error:
                 status = error.response.status_code
-                failure = UserError(f"the server says {status}")
-                if status in FINAL:
+                kind = UserError if status in OF_THE_QUESTION else NoServer
+                failure = kind(f"the server says {status}")
+                if status in (*OF_THE_QUESTION, *OF_THE_SERVER):
                     return failure
             except httpx.HTTPError as error:
-                failure = UserError(type(error).__name__)  # its text may hold the address
+                failure = NoServer(type(error).__name__)  # its text may hold the address
             except UserError as error:
                 failure = error
             except (LookupError, TypeError, ValueError, RecursionError):

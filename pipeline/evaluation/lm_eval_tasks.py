@@ -43,7 +43,7 @@ def task_scores(
         raise UserError(
             f"--tasks: lm-eval knows no {', '.join(map(repr, unknown))}; --tasks-path names a folder of task files"
         )
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    scores: dict[str, dict[str, dict[str, float]]] = {}
     for stage in stages:
         model = HFLM(pretrained=str(folder / stage), batch_size=8, device=device)
         for task in tasks:
@@ -57,8 +57,7 @@ def task_scores(
                 continue
             assert results is not None
             for name, metrics in results["results"].items():
-                figures = {
+                scores.setdefault(name, {})[stage] = {
                     key.removesuffix(",none"): value for key, value in metrics.items() if isinstance(value, float)
                 }
-                found.setdefault(name, {})[stage] = figures
-    return found
+    return scores

@@ -31,7 +31,7 @@ CURVES = {
         ("Throughput", "tokens per second", ["tokens_per_second"]),
     ],
     "ppo": [
-        ("Reward", "mean per response, after the missing-EOS rule", ["score", "eval_score"]),
+        ("Reward", "mean, after the missing-EOS rule", ["score", "eval_score"]),
         ("KL from the SFT model", "nats per response", ["kl", "eval_kl"]),
         ("Response length", "tokens", ["response_tokens", "eval_response_tokens"]),
         ("Entropy", "nats per token", ["entropy"]),
@@ -93,7 +93,7 @@ def reward_model_plots(metrics: dict[str, Any]) -> list[Plot]:
         for name, when in (("before", "as trained"), ("after", "temperature scaled")):
             series[when] = [(item["probability"], item["outcome"]) for item in metrics["calibration"][name]]
         title = f"reward: Calibration (ECE {metrics['ece_before_scaling']:.3f}, scaled {metrics['ece']:.3f})"
-        drawn.append(curve(title, "stated probability, sigmoid of the margin", "share of pairs right", series))
+        drawn.append(curve(title, "stated probability of the preference", "share of pairs right", series))
     by_labeler = metrics.get("accuracy_by_labeler", {})
     if len(by_labeler) > 1:
         held_out = set(metrics.get("kept_out_labelers", []))
@@ -104,12 +104,12 @@ def reward_model_plots(metrics: dict[str, Any]) -> list[Plot]:
             groups["what their noise allows"] = {names[n]: v for n, v in ceilings.items() if v is not None}
         drawn.append(bars("reward: Accuracy by labeler", "held-out pairs right", groups))
     by_length = metrics.get("length_bias", {}).get("accuracy_by_length_difference", {})
-    for title, found in (
+    for title, accuracies in (
         ("reward: Accuracy by length", by_length),
         ("reward: Accuracy by responses ranked", metrics.get("accuracy_by_size", {})),
         ("reward: Accuracy by confidence", metrics.get("accuracy_by_confidence", {})),
     ):
-        values = {name: item["accuracy"] for name, item in found.items() if item["accuracy"] is not None}
+        values = {name: item["accuracy"] for name, item in accuracies.items() if item["accuracy"] is not None}
         if len(values) > 1:
             drawn.append(bars(title, "held-out pairs right", {"reward model": values}))
     return drawn
@@ -255,7 +255,7 @@ def shorten_label(text: str, limit: int = 24) -> str:
 
 @contextlib.contextmanager
 def _figure(title: str, size: tuple[float, float] = (4.6, 2.9)) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """A figure of the house style: its axes, and what gives its SVG once they are drawn."""
+    """A plot of one style: its axes, and what gives its SVG once they are drawn."""
     import matplotlib
 
     matplotlib.use("svg")

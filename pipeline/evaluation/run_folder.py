@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config.stages import STAGES
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.entries import DatasetEntry
-from pipeline.data.records import PARSERS, Record, read_jsonl
+from pipeline.data.records import PARSERS, Record, read_records
 from pipeline.data.sources import digest_of, files_of, read_sources
 from pipeline.data.splits import shuffle_by_hash, split_records
 from pipeline.errors import UserError
@@ -177,7 +177,7 @@ def held_out_prompts(
         UserError: the data cannot be read.
     """
     if prompts_file:
-        return read_jsonl(Path(prompts_file), PARSERS["prompt"], number)
+        return read_records(Path(prompts_file), PARSERS["prompt"], number)
     stage = next((name for name in ("ppo", "sft") if name in run.lineages), None)
     if stage is None:
         return []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.models.classifiers import classifier_class
 
 import torch
 import transformers
@@ -18,7 +19,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -57,11 +57,12 @@ def load_classifier(path: str, quantization: str | None = None) -> PreTrainedMod
         UserError: as `load_causal_lm`; the classifier has another number of labels.
     """
     config = read_config(path)
+    kind = classifier_class(config)
     if not any("SequenceClassification" in str(name) for name in config.architectures or []):
-        return _load(AutoModelForSequenceClassification, path, quantization, new_head=True, num_labels=1)
+        return _load(kind, path, quantization, new_head=True, num_labels=1)
     if config.num_labels != 1:
         raise UserError(f"{path!r} has {config.num_labels} labels; a reward model has one")
-    return _load(AutoModelForSequenceClassification, path, quantization, num_labels=1)
+    return _load(kind, path, quantization, num_labels=1)
 
 
 def read_config(path: str) -> PreTrainedConfig:

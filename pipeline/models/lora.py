@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.models.experts import expert_counts
 from pipeline.models.loading import fit_embeddings, keep_router_logits_off, read_config, set_pad
 from pipeline.models.precision import is_linear
+from pipeline.models.shrink import MOST_PARAMETERS, small_copy
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -15,8 +17,20 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ALL_LINEAR = "all-linear"  # peft's own word for the default
-# Layers whose weights these models read without calling them: peft refuses them, and would train nothing.
-UNCALLED = {model: {"out_proj", "conv1d"} for model in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")}
+# Mamba's layers: its fast kernels read these weights without calling the layers, so that an adapter would train nothing.
+MAMBA_TYPES = (
+    "mamba",
+    "mamba2",
+    "falcon_mamba",
+    "falcon_h1",
+    "jamba",
+    "bamba",
+    "zamba",
+    "zamba2",
+    "nemotron_h",
+    "granitemoehybrid",
+)
+MAMBA_UNCALLED = frozenset({"conv1d", "x_proj", "dt_proj", "out_proj"})
 
 
 def lora_config(
@@ -36,7 +50,8 @@ def lora_config(
         r=options.r,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
-        target_modules=targets or linear_module_names(model),
+        target_modules=targets
+        or [n for n in linear_module_names(model) if n.split(".")[-1] not in _never_called(model)],
         modules_to_save=_new_modules(model) if task_type == "SEQ_CLS" else None,
         task_type=task_type,
     )
@@ -49,12 +64,14 @@ def lora_config(
 
 
 def linear_module_names(model: PreTrainedModel) -> list[str]:
-    """LoRA's default targets: the model's linear layers by type, without its heads.
+    """LoRA's default targets: the model's linear layers by type, without its heads and routers.
 
     Returns:
         the last part of their names where it names linear layers alone, else whole names.
     """
-    uncalled, output = UNCALLED.get(model.config.model_type, set()), model.get_output_embeddings()
+    text, output = model.config.get_text_config(), model.get_output_embeddings()
+    experts = expert_counts(model.config)
+    uncalled = MAMBA_UNCALLED if text.model_type in MAMBA_TYPES else frozenset()
     heads = [
         name for name, child in model.named_children() if child is not getattr(model, model.base_model_prefix, child)
     ]
@@ -62,16 +79,46 @@ def linear_module_names(model: PreTrainedModel) -> list[str]:
     names = [
         name
         for name, module in modules.items()
-        if is_linear(module) and module is not output and name.split(".")[0] not in heads
+        if is_linear(module)
+        and module is not output
+        and name.split(".")[0] not in heads
+        and name.split(".")[-1] not in uncalled
+        and getattr(module, "out_features", None) not in experts  # a router, which stays as it is
     ]
     ambiguous = {name.split(".")[-1] for name in modules.keys() - set(names)}
     targets = {name if (part := name.split(".")[-1]) in ambiguous or part.isdigit() else part for name in names}
-    return sorted(name for name in targets if name.split(".")[-1] not in uncalled)
+    return sorted(targets)
+
+
+def _never_called(model: PreTrainedModel) -> set[str]:
+    """Last name parts of linear layers that a forward pass never calls, tried on a small copy of the model."""
+    tried: Any = small_copy(model.config) or (model if model.num_parameters() < MOST_PARAMETERS else None)
+    if tried is None:
+        return set()
+    called: dict[str, bool] = {}
+    hooks = []
+    for name, module in tried.named_modules():
+        if is_linear(module):
+            part = name.split(".")[-1]
+            called.setdefault(part, False)
+            hooks.append(module.register_forward_hook(lambda *_, part=part: called.update({part: True})))
+    ids = torch.arange(16)[None] % tried.config.get_text_config().vocab_size
+    with torch.no_grad():
+        tried(input_ids=ids.to(next(tried.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return {part for part, was in called.items() if not was}
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
     layers = {n: m for n, m in model.named_modules() if is_linear(m) or isinstance(m, torch.nn.Embedding)}
+    uncalled = _never_called(model) if targets else set()
     for target in targets:
+        if target.split(".")[-1] in uncalled:
+            raise UserError(
+                f"lora: target_modules: {type(model).__name__} reads the weights of {target!r} without calling the layer; an "
+                "adapter on it would train nothing, leave it out"
+            )
         hit = [module for name, module in layers.items() if name == target or name.endswith("." + target)]
         if not hit:
             raise UserError(

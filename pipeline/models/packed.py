@@ -36,7 +36,7 @@ class PackingLayout:
 
     pad_index: per group of sequences of similar length, (sequences, length) index of a token in the packed row; the last
         token of the row (a filler) where a sequence is shorter.
-    unpad_index: (tokens,) index of each packed token among the groups' padded tokens, the groups counted end to end.
+    unpad_index: (tokens,) index of each packed token among the padded tokens of all groups, one group after the other.
     """
 
     pad_index: tuple[Tensor, ...]

@@ -56,7 +56,7 @@ def scalar_head(model: nn.Module) -> nn.Linear:
 
 
 def init_head(model: nn.Module, std: float | None, seed: int) -> float:
-    """Draw the head's weights from N(0, std²), std = 1/√(d + 1) by default (S20, N+; A9); returns std."""
+    """Draw the head's weights from N(0, std²), std = 1/√(d + 1) by default (Stiennon et al. 2020); returns std."""
     head = scalar_head(model)
     if std is None:
         std = 1 / math.sqrt(head.in_features + 1)

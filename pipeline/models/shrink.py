@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from typing import Any
@@ -31,7 +32,8 @@ def narrow(config: PreTrainedConfig) -> PreTrainedConfig:
         if getattr(text, name, None) is not None:
             setattr(text, name, value)
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:LAYERS]
+        with contextlib.suppress(AttributeError):  # Jamba's follow from its periods
+            text.layer_types = text.layer_types[:LAYERS]
     return small
 
 
@@ -54,7 +56,8 @@ def with_few_layers(config: PreTrainedConfig, window: int) -> PreTrainedConfig:
             setattr(text, name, min(depth, getattr(text, name)))
             break
     if kinds:
-        text.layer_types = kinds[:depth]
+        with contextlib.suppress(AttributeError):
+            text.layer_types = kinds[:depth]
     for name in WINDOW_NAMES:
         if getattr(text, name, None):
             setattr(text, name, window)

@@ -18,7 +18,7 @@ def token_nll(model: Any, batches: Iterable[dict[str, Tensor]], device: torch.de
 
     Args:
         model: a causal LM; called without attention mask and cache, so that packed documents stay apart.
-        batches: input_ids, position_ids, labels, each (rows, length).
+        batches: input_ids, position_ids (where rows hold several documents), labels, each (rows, length).
 
     Returns:
         nll in nats, number of labelled tokens, number of them that the model ranks first.
@@ -26,7 +26,7 @@ def token_nll(model: Any, batches: Iterable[dict[str, Tensor]], device: torch.de
     nll, tokens, hits = 0.0, 0, 0
     for batch in batches:
         labels = batch["labels"][:, 1:].to(device)
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids")}
+        inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids") if key in batch}
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         keep = labels != IGNORE
         logits, labels = logits[keep].float(), labels[keep]

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.data.batching import epoch_permutation_indices
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.data.mixing import mixture_indices
-from pipeline.data.records import Record
+from pipeline.data.records import Record, at_row
 from pipeline.data.sources import Source
 from pipeline.data.splits import shuffle_by_hash, split_records
 from pipeline.errors import UserError, shorten
@@ -79,7 +79,8 @@ def prepare_prompts(
 
 def _encode(record: Record, source: Source, encoder: ChatEncoder, args: Any) -> Prompt | None:
     """The prompt, or None where it is too long and the recipe says to drop such."""
-    ids = encoder.prompt_ids(record["prompt"])
+    with at_row(record):
+        ids = encoder.prompt_ids(record["prompt"])
     if len(ids) <= args.max_prompt_tokens:
         return Prompt(record["prompt"], ids, record["row"])
     if args.long_prompts == "drop":
@@ -87,6 +88,6 @@ def _encode(record: Record, source: Source, encoder: ChatEncoder, args: Any) -> 
     raise UserError(
         f"prompt of {len(ids)} tokens exceeds max_prompt_tokens ({args.max_prompt_tokens}): "
         f"{shorten(record['prompt'][-1]['content'])}; raise it, or say `long_prompts: drop`",
-        file=source.location,
+        file=record.get("file"),
         line=record["line"],
     )

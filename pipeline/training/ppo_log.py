@@ -21,6 +21,15 @@ SHOWN_METRICS = ("score", "kl", "response_tokens", "episodes_per_second", "eval_
 SHOWN_SAMPLES = 3
 
 
+def throughput(tokens: int, episodes: int, seconds: float) -> dict[str, float]:
+    """Metrics of a rollout's speed, its update included."""
+    return {
+        "seconds": seconds,
+        "episodes_per_second": episodes / seconds,
+        "response_tokens_per_second": tokens / seconds,
+    }
+
+
 class PPOLog:
     """Writes rank 0's metrics and samples; starts the recipe's trackers."""
 

@@ -74,7 +74,7 @@ def test_a_tie_model_shares_out_all_probability(threshold: float) -> None:
 
 
 def test_ranking_loss_weighs_prompts_alike() -> None:
-    """One prompt with one pair and one with three: mean over prompts of the mean over pairs (I22)."""
+    """One prompt with one pair and one with three: mean over prompts of the mean over pairs (InstructGPT, section 3.5)."""
     scores = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0])
     better, worse = torch.tensor([0, 2, 2, 3]), torch.tensor([1, 3, 4, 4])
     weight = torch.tensor([1.0, 1 / 3, 1 / 3, 1 / 3])

@@ -18,8 +18,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return make_run(tmp_path_factory.mktemp("compared") / "run", tokenizer)
 
 
-def test_a_run_and_itself(run: Path) -> None:
-    assert rlhf_here("compare", run, run)[0].count("the same weights, nothing differs") == 4
+def test_a_run_and_its_copy(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "copy")
+    assert rlhf_here("compare", run, tmp_path / "copy")[0].count("the same weights, nothing differs") == 4
+    assert "are the same folder; name two runs" in rlhf_here("compare", run, run, code=2)[1]
 
 
 def test_two_runs_compared(run: Path, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from helpers.launches import rlhf_here
 from pipeline.commands.check_data import check_data, is_data
-from pipeline.data.arrow_storage import SpooledRecords
-from pipeline.data.comparison_statistics import Reservoir, Survey, near_pairs, normal
-from pipeline.data.comparisons import sift, summary
+from pipeline.data.arrow_storage import StoredRecords
+from pipeline.data.comparison_statistics import ComparisonStatistics, Reservoir
+from pipeline.data.comparisons import find_invalid_rankings, summary
+from pipeline.data.near_duplicates import near_pairs, normalized
 from pipeline.data.records import parse_ranking
 from pipeline.data.sources import read_source
 from pipeline.errors import UserError
@@ -24,8 +25,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def survey(rows: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
-    made = Survey(**options)
+def statistics(rows: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+    made = ComparisonStatistics(**options)
     for line, row in enumerate(rows, 1):
         made.add({**parse_ranking(row), "row": row, "line": line})
     return made.result()
@@ -49,7 +50,7 @@ def test_counts_by_hand() -> None:
         {"prompt": [{"role": "user", "content": "s"}, {"role": "assistant", "content": "t"}, {"role": "user", "content": "u"}],
          "chosen": "x", "rejected": "longer", "confidence": 0.8},
     ]  # fmt: skip
-    found = survey(rows)
+    found = statistics(rows)
     assert (found["rows"], found["prompts"], found["trainable"], found["multi_turn"]) == (9, 4, 4, 1)
     assert found["labelers"] == {"ana": 3, "ben": 2}
     assert found["unnamed_labeler_rows"] == 4
@@ -75,7 +76,7 @@ def test_agreement_of_two_who_judge_alike_and_at_random() -> None:
         rows.append(ranking(f"prompt {n}", "ab", first, "ana"))
         rows.append(ranking(f"prompt {n}", "ab", first, "twin"))
         rows.append(ranking(f"prompt {n}", "ab", rng.choice([[1, 2], [2, 1]]), "coin"))
-    agreement = survey(rows)["agreement"]
+    agreement = statistics(rows)["agreement"]
     pairs = {tuple(item["labelers"]): item for item in agreement["by_labelers"]}
     assert pairs["ana", "twin"]["agreement"] == 1.0
     assert pairs["ana", "coin"]["agreement"] == pytest.approx(0.5, abs=0.06)
@@ -86,19 +87,19 @@ def test_agreement_of_two_who_judge_alike_and_at_random() -> None:
 
 def test_agreement_does_not_hang_on_the_order_of_responses() -> None:
     """The same judgement written the other way round is the same; a tie agrees with a tie alone."""
-    same = survey([ranking("p", "ab", [1, 2], "x"), ranking("p", "ba", [2, 1], "y")])["agreement"]
+    same = statistics([ranking("p", "ab", [1, 2], "x"), ranking("p", "ba", [2, 1], "y")])["agreement"]
     assert same["pairwise"] == 1.0
-    tied = survey([ranking("p", "ab", [1, 2], "x"), ranking("p", "ba", [1, 1], "y")])["agreement"]
+    tied = statistics([ranking("p", "ab", [1, 2], "x"), ranking("p", "ba", [1, 1], "y")])["agreement"]
     assert (tied["pairwise"], tied["pairwise_without_ties"]) == (0.0, None)
-    assert survey([ranking("p", "ab", [1, 2], "x"), ranking("q", "ab", [1, 2], "y")])["agreement"] is None
+    assert statistics([ranking("p", "ab", [1, 2], "x"), ranking("q", "ab", [1, 2], "y")])["agreement"] is None
     # One labeler who says the same twice does not agree with himself.
-    assert survey([ranking("p", "abc", [1, 2, 3], "x"), ranking("p", "ab", [1, 2], "x")])["agreement"] is None
+    assert statistics([ranking("p", "abc", [1, 2, 3], "x"), ranking("p", "ab", [1, 2], "x")])["agreement"] is None
 
 
 def test_agreement_on_a_sample_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.comparison_statistics.MAX_UNITS", 100)
+    monkeypatch.setattr("pipeline.data.labeler_agreement.MAX_PAIRS", 100)
     rows = [ranking(f"prompt {n}", "ab", [1, 2], who) for n in range(1000) for who in ("x", "y")]
-    agreement = survey(rows)["agreement"]
+    agreement = statistics(rows)["agreement"]
     assert 0 < agreement["prompt_share"] <= 0.125
     assert 20 < agreement["judged_pairs"] <= 100
     assert agreement["pairwise"] == 1.0, "a sampled prompt keeps all its judgements"
@@ -106,18 +107,18 @@ def test_agreement_on_a_sample_of_prompts(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_near_duplicates() -> None:
     text = "Please tell me in a few short words how I can send my broken desk lamp back to your shop this week"
-    assert normal("Héllo,  WORLD!") == "héllo world"
+    assert normalized("Héllo,  WORLD!") == "héllo world"
     assert near_pairs([text, text.upper() + "!!", "Something else entirely, about the weather and the sea"]) == [(0, 1)]
     assert near_pairs([text], ["nothing alike here at all, my friend", text + " please"]) == [(0, 1)]
     rows = [{"prompt": f"{text} {'x' * n}", "chosen": "a", "rejected": "b", "split": split} for n, split in enumerate(("train", "test"))]  # fmt: skip
-    near = survey(rows)["near_duplicates"]
+    near = statistics(rows)["near_duplicates"]
     assert (near["pairs"], near["across_splits"], near["lines"]) == (1, 1, [[1, 2]])
 
 
 def test_leaks_are_found_however_large_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that stand in the other file to the letter are found among all, not among the sample."""
     monkeypatch.setattr("pipeline.data.comparison_statistics.PROMPT_SAMPLE", 5)
-    made = Survey(remember_prompts=True)
+    made = ComparisonStatistics(remember_prompts=True)
     for line in range(1, 201):
         row = {"prompt": f"What is the number {line}?", "chosen": "a", "rejected": "b"}
         made.add({**parse_ranking(row), "row": row, "line": line})
@@ -177,8 +178,8 @@ def test_records_may_wait_on_disk(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(ranking(f"p{n}", "ab", [1, 2])) + "\n" for n in range(100)))
     memory = read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path)
-    disk = read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path, spool=True)
-    assert isinstance(disk.records, SpooledRecords)
+    disk = read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path, on_disk=True)
+    assert isinstance(disk.records, StoredRecords)
     assert list(disk.records) == memory.records
     assert disk.sha256 == memory.sha256
     part = disk.records.select([3, 5])
@@ -186,7 +187,7 @@ def test_records_may_wait_on_disk(tmp_path: Path) -> None:
     assert disk.records[10:12][1] == memory.records[11]
     path.write_text(json.dumps(ranking("p", "ab", [1, 2])) + "\n{}\n")
     with pytest.raises(UserError, match=r"r\.jsonl:2: "):
-        read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path, spool=True)
+        read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path, on_disk=True)
 
 
 def test_control_tokens_and_odd_text_stay_text(tmp_path: Path, tokenizer: Any) -> None:
@@ -203,14 +204,14 @@ def test_control_tokens_and_odd_text_stay_text(tmp_path: Path, tokenizer: Any) -
 def test_unnamed_duplicates_are_dropped_and_unnamed_doubts_are_not() -> None:
     rows = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in ("ab", "ab", "ba")]
     records = [{**parse_ranking(row), "line": line} for line, row in enumerate(rows, 1)]
-    kept, problems = sift(records, "drop")
+    kept, problems = find_invalid_rankings(records, "drop")
     assert kept == [0, 2]
     assert problems == [(2, "duplicate of line 1")]
     assert summary(problems, "f.jsonl") == "f.jsonl: dropped 1 rankings (1 × duplicate; lines 2)"
 
 
 @pytest.mark.parametrize("card", ["hh_rlhf", "ultrafeedback", "tldr_comparisons", "demo_comparisons"])
-def test_check_surveys_a_card(card: str) -> None:
+def test_check_counts_a_card(card: str) -> None:
     said, _ = rlhf_here("check", ROOT / "data_cards" / card)
     assert "length bias" in said
 

@@ -61,7 +61,7 @@ def test_a_response_ends_at_its_only_eos(encoder: ChatEncoder) -> None:
 
 def test_training_and_sampling_see_the_same_prompt(encoder: ChatEncoder) -> None:
     """A dialogue is its prompt, then its response: nothing in between, nothing lost."""
-    ids, labels = encoder.dialogue(DIALOGUE, first_trained=3)
+    ids, labels = encoder.dialogue(DIALOGUE, trained=[False, False, False, True])
     prompt, response = encoder.prompt_ids(DIALOGUE[:3]), encoder.response_ids("You are welcome.")
     assert ids == prompt + response
     assert labels == [IGNORE] * len(prompt) + response

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.records import MAX_LINE_BYTES, MAX_LISTED, PARSERS, RecordError, parse_ranking, read_jsonl
+from pipeline.data.files import MAX_LINE_BYTES, RecordError
+from pipeline.data.records import MAX_LISTED, PARSERS, parse_ranking, read_records
 from pipeline.errors import UserError
 
 import pytest
@@ -88,7 +89,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "list in a list": (row(prompt=[turns("user")]), r"`prompt`\[0\] must be"),
     "message without role": (row(prompt=[{"content": "a"}]), r"`prompt`\[0\] must be"),
     "message without content": (row(prompt=[{"role": "user"}]), r"`prompt`\[0\] must be"),
-    "content is a list": (row(prompt=turns("user", content=[{"type": "text", "text": "a"}])), r"`prompt`\[0\] must be"),
+    "content is a picture": (row(prompt=turns("user", content=[{"type": "image", "url": "a"}])), "is no text"),
+    "content is a list of lists": (row(prompt=turns("user", content=[["a"]])), r"`prompt`\[0\] must be"),
     "content is null": (row(prompt=turns("user", content=None)), r"`prompt`\[0\] must be"),
     "empty content": (row(prompt=turns("user", content=" ")), "content is empty"),
     "unknown role": (row(prompt=turns("human")), "unknown role 'human'; use one of"),
@@ -114,7 +116,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "ranks longer": (ranked(ranks=[1, 2, 3, 4]), "3 responses but 4 ranks"),
     "negative rank": (ranked(ranks=[1, 2, -1]), "whole numbers from 1"),
     "rank zero": (ranked(ranks=[0, 1, 2]), "whole numbers from 1"),
-    "rank missing": (ranked(ranks=[1, None, 2]), "whole numbers from 1"),
+    "tool calls in the prompt": (row(prompt=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "c"}]}]), "has `tool_calls`"),
     "fractional rank": (ranked(ranks=[1, 1.5, 2]), "whole numbers from 1"),
     "text for a rank": (ranked(ranks=["1", "2", "3"]), "whole numbers from 1"),
     "true for a rank": (ranked(ranks=[True, 2, 3]), "whole numbers from 1"),
@@ -130,7 +132,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "margin as truth": (row(margin=True), "`margin` must be a finite number"),
     "margin beyond floats": (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}', "`margin` must be a finite number"),
     "confidence as a list": (row(confidence=[0.7]), "`confidence` must be a finite number"),
-    "number for labeler": (row(labeler=7), "`labeler` must be text, got 7"),
+    "truth for labeler": (row(labeler=True), "`labeler` must be text, got True"),
+    "split of neither side": (row(split="foo"), "`split` 'foo' is of neither side; write train"),
     "list for split": (row(split=["train"]), "`split` must be text"),
     "object for id": (row(id={"n": 1}), "`id` must be text"),
 }  # fmt: skip
@@ -146,7 +149,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / "rankings.jsonl"
     path.write_bytes(row() + b"\n" + line + b"\n" + row() + b"\n")
     with pytest.raises(UserError, match=message) as found:
-        read_jsonl(path, PARSERS["ranking"])
+        read_records(path, PARSERS["ranking"])
     (text,) = str(found.value).splitlines()
     assert text.startswith(f"{path}:2: ")
     assert len(text) - len(str(path)) < 300, "an offending value is cut"
@@ -168,7 +171,7 @@ def test_a_malformed_file_is_named(tmp_path: Path, content: bytes, line: str, me
     path = tmp_path / "rankings.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as found:
-        read_jsonl(path, PARSERS["ranking"])
+        read_records(path, PARSERS["ranking"])
     assert str(found.value).startswith(f"{path}{line}: ")
 
 
@@ -178,7 +181,7 @@ def test_a_broken_archive_is_named(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.jsonl.gz"
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{number}.jsonl.gz: cannot be read"):
-            read_jsonl(path, PARSERS["ranking"])
+            read_records(path, PARSERS["ranking"])
 
 
 def test_a_huge_line_is_refused_without_being_read_whole(tmp_path: Path) -> None:
@@ -189,20 +192,20 @@ def test_a_huge_line_is_refused_without_being_read_whole(tmp_path: Path) -> None
         file.seek(MAX_LINE_BYTES, 1)  # a hole: the file is long, the disk is not
         file.write(b'"}\n' + row() + b"\n")
     with pytest.raises(UserError, match=r"huge\.jsonl:2: is longer than 64 MiB"):
-        read_jsonl(path, PARSERS["ranking"])
+        read_records(path, PARSERS["ranking"])
 
 
 def test_harmless_oddities_are_read(tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + row() + b"\r\n\r\n   \r\n" + row(extra={"deep": [1, None]}) + b"\n" + row())
-    assert [r["line"] for r in read_jsonl(path, PARSERS["ranking"])] == [1, 4, 5]
+    assert [r["line"] for r in read_records(path, PARSERS["ranking"])] == [1, 4, 5]
 
 
 def test_twenty_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
     path = tmp_path / "many.jsonl"
-    path.write_bytes(b"\n".join([b"{}", row()] * 33))
+    path.write_bytes(b"\n".join(line for n in range(33) for line in (b'{"column %d": 1}' % n, row())))
     with pytest.raises(UserError) as found:
-        read_jsonl(path, PARSERS["ranking"])
+        read_records(path, PARSERS["ranking"])
     lines = str(found.value).splitlines()
     assert len(lines) == MAX_LISTED + 1
     assert lines[0].startswith(f"{path}:1: ")
@@ -245,4 +248,4 @@ def test_any_bytes_are_records_or_an_explained_error(tmp_path_factory: pytest.Te
     path = tmp_path_factory.mktemp("bytes") / "any.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"any\.jsonl"):
-        read_jsonl(path, PARSERS["ranking"])
+        read_records(path, PARSERS["ranking"])

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.comparisons import pairs_of, sift, summary
+from pipeline.data.comparisons import find_invalid_rankings, pairs_of, summary
 from pipeline.data.entries import DatasetEntry
-from pipeline.data.records import PARSERS, parse_demonstration, parse_prompt, parse_ranking, read_jsonl
+from pipeline.data.records import PARSERS, parse_demonstration, parse_prompt, parse_ranking, read_records
 from pipeline.data.sources import read_source
 from pipeline.data.splits import split_key, split_records
 from pipeline.errors import UserError
@@ -54,8 +54,8 @@ def test_forms_of_a_demonstration() -> None:
         {"prompt": "Hi", "completion": "Hello"},
         {"prompt": USER, "response": "Hello"},
     ):
-        assert parse_demonstration(row) == {"messages": [*USER, answer], "first_trained": 1}
-    assert parse_demonstration({"messages": [*USER, answer]}) == {"messages": [*USER, answer], "first_trained": 0}
+        assert parse_demonstration(row) == {"messages": [*USER, answer], "trained": [False, True]}
+    assert parse_demonstration({"messages": [*USER, answer]}) == {"messages": [*USER, answer], "trained": [False, True]}
 
 
 def test_a_prompt_comes_from_any_record() -> None:
@@ -100,7 +100,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, kind: str, line: str, complaint: s
     path = tmp_path / "data.jsonl"
     path.write_text(good.get(kind, '{"prompt": "a", "chosen": "b", "rejected": "c"}') + "\n" + line + "\n")
     with pytest.raises(UserError) as caught:
-        read_jsonl(path, PARSERS[kind])
+        read_records(path, PARSERS[kind])
     assert f"{path}:2: " in str(caught.value)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -108,9 +108,9 @@ def test_a_wrong_row_is_named(tmp_path: Path, kind: str, line: str, complaint: s
 
 def test_many_wrong_rows_are_listed_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text("{}\n" * 30)
+    path.write_text("".join(f'{{"column {n}": 1}}\n' for n in range(30)))
     with pytest.raises(UserError) as caught:
-        read_jsonl(path, PARSERS["document"])
+        read_records(path, PARSERS["document"])
     lines = str(caught.value).splitlines()
     assert len(lines) == 21
     assert "and 10 more" in lines[-1]
@@ -120,15 +120,15 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     with pytest.raises(UserError, match=r"data\.jsonl:2: not UTF-8 \(byte 11: 0xff\)"):
-        read_jsonl(path, PARSERS["document"])
+        read_records(path, PARSERS["document"])
     path.write_bytes('{"text": "a"}\n'.encode("utf-16"))
     with pytest.raises(UserError, match="UTF-8"):
-        read_jsonl(path, PARSERS["document"])
+        read_records(path, PARSERS["document"])
     path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n\n{"text": "b"}')
-    assert [r["line"] for r in read_jsonl(path, PARSERS["document"])] == [1, 3]
+    assert [r["line"] for r in read_records(path, PARSERS["document"])] == [1, 3]
     path.write_bytes(b"")
     with pytest.raises(UserError, match="no records"):
-        read_jsonl(path, PARSERS["document"])
+        read_records(path, PARSERS["document"])
 
 
 def test_sources_of_every_file_type(tmp_path: Path) -> None:
@@ -143,6 +143,7 @@ def test_sources_of_every_file_type(tmp_path: Path) -> None:
         read_source(DatasetEntry(path=name), "demonstration", tmp_path).records
         for name in ("a.jsonl", "b.jsonl.gz", "c.parquet")
     ]
+    read = [[{key: value for key, value in r.items() if key != "file"} for r in records] for records in read]
     assert read[0] == read[1] == read[2]
     assert len(read_source(DatasetEntry(path="a.jsonl", max_rows=2), "demonstration", tmp_path).records) == 2
     renamed = read_source(
@@ -207,8 +208,8 @@ def test_untrainable_rankings_are_sifted_and_said() -> None:
         record(9, ["a", "a", "b"], [1, 2, 3]),
         {**parse_ranking({"chosen": HH + "a", "rejected": "\n\nHuman: Ho\n\nAssistant: b"}), "line": 10},
     ]
-    kept, problems = sift(records, "drop")
+    kept, problems = find_invalid_rankings(records, "drop")
     assert [records[k]["line"] for k in kept] == [1, 4]
     assert [line for line, _ in problems] == [2, 3, 5, 6, 7, 8, 9, 10]
     assert "dropped 8 rankings" in summary(problems, "file")
-    assert [records[k]["line"] for k in sift(records, "half")[0]] == [1, 4, 7]
+    assert [records[k]["line"] for k in find_invalid_rankings(records, "half")[0]] == [1, 4, 7]

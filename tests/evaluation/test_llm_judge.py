@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from helpers.launches import rlhf_here
+from helpers.runs import make_run
 from pipeline.errors import UserError
 from pipeline.evaluation import llm_judge
 from pipeline.evaluation.llm_judge import Judge, LocalJudge, RemoteJudge, choice_in, compare_answers, judge_from
@@ -201,6 +203,16 @@ def test_a_question_that_always_fails_is_listed(serve: Any) -> None:
     assert (found.win_rate, found.prompts) == (1.0, 4)
 
 
+def test_a_first_question_that_fails_does_not_end_the_others(serve: Any) -> None:
+    for behave in (
+        lambda n, q: (400, "too long") if "question 0\n" in q else longest(n, q),
+        lambda n, q: (200, "I cannot say.") if "question 0\n" in q else longest(n, q),
+    ):
+        judge = Judge("x", RemoteJudge(serve(behave).address, "m", pause=0.0))
+        found = compare_answers(judge, PROMPTS[:5], ["long answer"] * 5, ["short"] * 5, [6] * 5)
+        assert (found.prompts, [failure["row"] for failure in found.failed]) == (4, [0])
+
+
 def test_a_refused_key_is_not_tried_again_and_a_dead_server_not_waited_for(serve: Any) -> None:
     server = serve(lambda *_: (401, f"bad key {SECRET}"))
     judge = Judge("x", RemoteJudge(server.address, "m", pause=0.0))
@@ -318,19 +330,20 @@ def test_a_local_judge_says_the_likelier_letter(tiny_lm: Any, tokenizer: Any, tm
         assert choice == ("A" if a >= b else "B")
 
 
-def test_a_report_with_a_server(chain: Path, serve: Any) -> None:
-    """Rows of the judge stand among the win rates, its failures in a note; the key is in no file."""
-    from helpers.launches import rlhf_here
-
-    server = serve(lambda n, q: (400, SECRET) if "Answer A:\n\n" in q else longest(n, q))
-    rlhf_here(
-        "report", chain, "--num-prompts", 6, "--best-of", 2, "--llm-judge", server.address, "--llm-judge-model", "m"
-    )
-    report = json.loads((chain / "report" / "report.json").read_text(encoding="utf-8"))
+def test_a_report_with_a_server(tokenizer: Any, tmp_path: Path, serve: Any) -> None:
+    """Rows of the judge stand among the win rates, its failures in a note; it reads whole dialogues; the key is in no file."""
+    dialogue = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    run = make_run(tmp_path / "run", tokenizer, prompts=["Where is it?", dialogue, "refused"])
+    server = serve(lambda n, q: (400, SECRET) if "refused" in q else longest(n, q))
+    rlhf_here("report", run, "--best-of", 2, "--llm-judge", server.address, "--llm-judge-model", "m")
+    report = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
     pairs = [(row["candidate"], row["baseline"]) for row in report["llm_judge"]]
     assert pairs == [("sft", "pretrain"), ("ppo", "sft"), ("ppo", "best_of_2")]
-    judged = sum(row["prompts"] + len(row["failed"]) for row in report["llm_judge"])
-    assert judged == 18
-    assert any(row["judge"] == "llm:m" for row in report["win_rates"])
-    for file in (chain / "report").iterdir():
+    assert all(row["prompts"] + len(row["failed"]) == 3 for row in report["llm_judge"])
+    assert any(row["judge"] == "llm:m" for row in report["win_rates"]) == any(
+        row["prompts"] for row in report["llm_judge"]
+    )
+    assert any("system: Be brief.\n\nuser: Hi" in question for question in server.seen)
+    assert any("were not judged" in note for note in report["notes"])
+    for file in (run / "report").iterdir():
         assert SECRET not in file.read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from helpers.chat_templates import spaced_tokenizer
 from pipeline.data.encoding import document_ids
 from pipeline.errors import UserError
 from pipeline.models.loading import disable_noise, load_causal_lm, load_classifier, new_causal_lm, read_config
-from pipeline.models.reward_model import load_scalar_model
+from pipeline.models.reward_model import load_scalar_model, score_ids
 from pipeline.models.tokenizers import add_missing_rows, assign_pad, require_rows
 
 import pytest
@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    CohereConfig,
     FalconConfig,
     LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     Qwen3MoeConfig,
 )
@@ -98,6 +100,21 @@ def test_a_language_model_gets_a_new_head_and_a_reward_model_keeps_its_own(folde
     change_weights(target, lambda w: {k: v for k, v in w.items() if "score" not in k})
     with pytest.raises(UserError, match=r"lacks 1 of the \d+ weights .*score.weight"):
         load_scalar_model(str(target))
+
+
+@pytest.mark.parametrize("kind", [CohereConfig, MambaConfig], ids=lambda c: c.model_type)
+def test_an_architecture_without_a_classifier_gets_one(kind: Any, tmp_path: Path) -> None:
+    """transformers has none for either; the folder loads again with the same scores."""
+    sizes = SIZES if kind is CohereConfig else {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    AutoModelForCausalLM.from_config(kind(vocab_size=50, pad_token_id=0, **sizes)).save_pretrained(tmp_path / "lm")
+    model = load_scalar_model(str(tmp_path / "lm")).eval()
+    model.save_pretrained(tmp_path / "reward")
+    again = load_scalar_model(str(tmp_path / "reward")).eval()
+    ids = [[5, 6, 7], [8, 9]]
+    assert torch.equal(score_ids(model, ids, 0), score_ids(again, ids, 0))
+    change_weights(tmp_path / "reward", lambda w: {k: v for k, v in w.items() if "score" not in k})
+    with pytest.raises(UserError, match="lacks 1 of"):
+        load_scalar_model(str(tmp_path / "reward"))
 
 
 def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path: Path) -> None:

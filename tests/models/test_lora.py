@@ -78,6 +78,15 @@ def test_default_targets_are_linear_layers_that_learn(name: str) -> None:
     assert len(silent) <= len(hit) // 2, f"these never learn: {silent}"
 
 
+def test_a_layer_whose_weights_are_read_without_a_call_is_no_target() -> None:
+    """Jamba's `dt_proj`: its adapter changed nothing in training and everything when merged."""
+    model = AutoModelForCausalLM.from_config(transformers.JambaConfig(**ARCHITECTURES["JambaConfig"]))
+    assert "dt_proj" not in linear_module_names(model)
+    with pytest.raises(UserError, match="reads the weights of 'dt_proj' without calling the layer"):
+        lora_config(model, LoraOptions(target_modules=["dt_proj"]), "CAUSAL_LM")
+    assert "router" not in linear_module_names(model)
+
+
 def test_targets_that_the_model_lacks_are_named_with_what_it_has(tiny_lm: Any) -> None:
     has = "down_proj" if "Llama" in type(tiny_lm).__name__ else "c_fc"
     with pytest.raises(UserError, match=rf"has no linear layer 'query_key_value'; it has .*{has}"):

@@ -165,7 +165,7 @@ def test_weights_load_in_fp32(tiny_lm: Any, tmp_path: Path) -> None:
     ],
 )
 def test_dropout_is_off_everywhere(tokenizer: Any, config: str, sizes: dict[str, Any]) -> None:
-    """A16: two passes in training mode are bit-equal; before, they differ."""
+    """Two passes in training mode are bit-equal; before, they differ."""
     model = new_causal_lm(config, sizes, tokenizer, 32).train()
     ids = torch.arange(20)[None]
     assert not torch.equal(model(ids).logits, model(ids).logits)

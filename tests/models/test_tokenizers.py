@@ -74,6 +74,23 @@ def test_special_tokens_that_are_only_in_the_added_tokens_are_forbidden_and_unre
     assert word in encoder.text_ids("a kettle"), "an added word is a word"
 
 
+def test_markup_is_a_control_token_whether_or_not_the_template_writes_it_and_html_is_text(tokenizer: Any) -> None:
+    """Qwen 3 on a ChatML template of the recipe still knows `<think>`; Gemma's tokenizer holds `<table>` as a word."""
+    changed = with_family(tokenizer, "chatml")
+    changed.add_tokens(["<think>", "</think>", "<tool_call>", "<table>", "<|fim_prefix|>", "        "])
+    encoder = ChatEncoder(changed)
+    ids = dict(
+        zip(
+            ["<think>", "<tool_call>", "<table>", "<|fim_prefix|>"],
+            changed.convert_tokens_to_ids(["<think>", "<tool_call>", "<table>", "<|fim_prefix|>"]),
+            strict=True,
+        )
+    )
+    for text, token in ids.items():
+        assert (token in encoder.text_ids(f"a {text} b")) == (text == "<table>"), text
+        assert text in changed.decode(encoder.text_ids(f"a {text} b"))
+
+
 def test_a_thought_that_the_prompt_opens_may_be_closed(tokenizer: Any) -> None:
     changed = with_family(tokenizer, "deepseek r1")
     changed.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]}, replace_extra_special_tokens=False)

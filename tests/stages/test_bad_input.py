@@ -336,13 +336,13 @@ def test_a_module_that_breaks_is_named(
 
 
 def test_half_a_surrogate_is_named(tmp_path: Path) -> None:
-    from pipeline.data.records import PARSERS, read_jsonl
+    from pipeline.data.records import PARSERS, read_records
     from pipeline.errors import UserError
 
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "good \\ud83d\\ude00"}\n{"text": "bad \\ud83d"}\n')
     with pytest.raises(UserError, match=r"data\.jsonl:2: holds half of a surrogate pair"):
-        read_jsonl(path, PARSERS["document"])
+        read_records(path, PARSERS["document"])
 
 
 def test_weights_that_are_no_safetensors(

@@ -1,4 +1,4 @@
-"""PPO against optima that are known exactly: π*(y|x) ∝ π_ref(y|x) · exp(score / β), by the real stage (section D, 1-6).
+"""PPO against optima that are known exactly: π*(y|x) ∝ π_ref(y|x) · exp(score / β), by the real stage.
 
 Every response of these worlds can be enumerated, so the trained policy is compared with the optimum itself, not with a curve.
 """
@@ -45,13 +45,13 @@ def test_kl_bandit_of_every_role(tmp_path: Path, roles: str) -> None:
     assert distance(tmp_path / "run" / "out", policy, bandit, 0.5, 1) < 0.02
 
 
-def test_a21_k2_as_a_loss_has_the_same_optimum(tmp_path: Path) -> None:
+def test_k2_as_a_loss_has_the_same_optimum(tmp_path: Path) -> None:
     policy = make_policy(tmp_path / "sft", "abcdefgh")
     train(tmp_path / "run", policy, BANDIT, kl_coef=0.5, kl_estimator="k2", total_rollouts=300)
     assert distance(tmp_path / "run" / "out", policy, bandit, 0.5, 1) < 0.02
 
 
-def test_a18_temperature_is_the_same_everywhere(tmp_path: Path) -> None:
+def test_temperature_is_the_same_everywhere(tmp_path: Path) -> None:
     """The optimum of the tempered distribution: sampling, old, new and reference log-probabilities share one temperature."""
     policy = make_policy(tmp_path / "sft", "abcdefgh")
     train(tmp_path / "run", policy, BANDIT, kl_coef=0.5, temperature=0.7)

@@ -1,4 +1,4 @@
-"""Ten rollouts against five, SIGKILL, five: bit-equal in every tensor, counter and sample (section D, 13)."""
+"""Ten rollouts against five, SIGKILL, five: bit-equal in every tensor, counter and sample."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
         pytest.param("adapters", 2, marks=LONG),
     ],
 )
-def test_d13_killed_and_resumed_equals_not_killed(tmp_path: Path, roles: str, processes: int) -> None:
+def test_killed_and_resumed_equals_not_killed(tmp_path: Path, roles: str, processes: int) -> None:
     policy = make_policy(tmp_path / "sft", "abcdefgh")
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": "abcdefgh" * (1 + i % 5)}) + "\n" for i in range(40)))
@@ -70,7 +70,7 @@ def test_d13_killed_and_resumed_equals_not_killed(tmp_path: Path, roles: str, pr
 
 
 @pytest.mark.full
-def test_d12_two_processes_train_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Whitening, KL, its coefficient, scales and steps are global: figures agree to rounding, samples exactly at first."""
     policy = make_policy(tmp_path / "sft", "abcdefgh")
     runs = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pipeline.config.reward import RewardArguments
 from pipeline.config.stages import STAGES
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
+from pipeline.data.encoded_rankings import FEATURES, RankingOptions, encode_rankings, for_training
 from pipeline.data.encoding import ROLE_TEMPLATE, ChatEncoder
 from pipeline.data.entries import DatasetEntry
 from pipeline.data.records import parse_ranking
@@ -25,8 +27,8 @@ from pipeline.errors import UserError
 from pipeline.models.loading import refuse_beyond_context
 from pipeline.models.reward_model import init_head, load_scalar_model
 from pipeline.models.tokenizers import assign_template
-from pipeline.reward import FEATURES, RankingTrainer, encode, tensors_only
-from pipeline.rollout.rewards import DISAGREEMENT, Part, Scorer, score
+from pipeline.reward import RankingTrainer
+from pipeline.rollout.rewards import DISAGREEMENT, Answers, RewardPart, Scorer, score
 from pipeline.training.stage import launch
 
 import datasets
@@ -57,10 +59,11 @@ def arguments(tmp_path: Path, **changes: Any) -> RewardArguments:
     return RewardArguments(output_dir=str(tmp_path / "out"), datasets=[DatasetEntry(path="x")], parent="x", **changes)
 
 
-def encoded(tokenizer: Any, rows: list[dict[str, Any]], args: RewardArguments) -> list[dict[str, Any]]:
+def encoded(tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> list[Any]:
     tokenizer.chat_template = tokenizer.chat_template or ROLE_TEMPLATE
     records = [{**parse_ranking(row), "row": row, "line": n} for n, row in enumerate(rows, 1)]
-    return list(encode(ChatEncoder(tokenizer), records, args, "training"))
+    options = {"max_tokens": 1024, **options}
+    return list(encode_rankings(ChatEncoder(tokenizer), records, RankingOptions(**options), "training"))
 
 
 @pytest.fixture
@@ -78,13 +81,13 @@ def gradients(model: Any) -> torch.Tensor:
 
 def test_a_pair_has_the_loss_and_gradient_of_trl(scalar: Any, tokenizer: Any, tmp_path: Path) -> None:
     """On comparisons our trainer is TRL's: the same loss, margin and gradient for the same token ids."""
-    rows = encoded(tokenizer, PAIRS, arguments(tmp_path))
+    rows = encoded(tokenizer, PAIRS)
     ours, theirs = scalar, copy.deepcopy(scalar)
     config = RewardConfig(
         output_dir=str(tmp_path / "trl"), report_to="none", use_cpu=True, bf16=False, max_length=None,
         disable_dropout=False, gradient_checkpointing=False, remove_unused_columns=False, per_device_train_batch_size=4,
     )  # fmt: skip
-    table = datasets.Dataset.from_list([tensors_only(row) for row in rows], features=FEATURES)
+    table = datasets.Dataset.from_list([for_training(row) for row in rows], features=FEATURES)
     trainer: Any = RankingTrainer(
         model=ours, args=config, train_dataset=table, data_collator=RankingCollator(tokenizer.pad_token_id), processing_class=tokenizer
     )  # fmt: skip
@@ -92,7 +95,7 @@ def test_a_pair_has_the_loss_and_gradient_of_trl(scalar: Any, tokenizer: Any, tm
     peer: Any = RewardTrainer(
         model=theirs, args=config, train_dataset=datasets.Dataset.from_list(pairs), processing_class=tokenizer
     )
-    loss = trainer.compute_loss(ours, trainer.data_collator([tensors_only(row) for row in rows]))
+    loss = trainer.compute_loss(ours, trainer.data_collator([for_training(row) for row in rows]))
     reference = peer.compute_loss(theirs, peer.data_collator(pairs))
     assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
     loss.backward()
@@ -104,14 +107,14 @@ def test_a_pair_has_the_loss_and_gradient_of_trl(scalar: Any, tokenizer: Any, tm
 def test_a_ranking_is_the_mean_of_its_pairs(scalar: Any, tokenizer: Any, tmp_path: Path) -> None:
     """K = 4 in one element: K forwards, and the loss and gradient of all six pairs shuffled apart, each weighing 1/6."""
     row = {"prompt": "Hi!", "responses": ["How can we help?", "Yes?", "What?", "Go."], "ranks": [1, 2, 3, 4]}
-    (whole,) = encoded(tokenizer, [row], arguments(tmp_path))
+    (whole,) = encoded(tokenizer, [row])
     apart = [
         {"prompt": "Hi!", "chosen": row["responses"][i], "rejected": row["responses"][j]}
         for i in range(4)
         for j in range(i + 1, 4)
     ]
     found = []
-    for rows in ([whole], encoded(tokenizer, apart, arguments(tmp_path))):
+    for rows in ([whole], encoded(tokenizer, apart)):
         scalar.zero_grad()
         batch = RankingCollator(tokenizer.pad_token_id)(rows)
         loss = RankingTrainer.compute_loss(RankingTrainer.__new__(RankingTrainer), scalar, batch)
@@ -126,7 +129,7 @@ def test_trust_in_a_record(tokenizer: Any, tmp_path: Path) -> None:
     row = {**PAIRS[0], "labeler": "ana", "confidence": 0.8}
 
     def first(**changes: Any) -> tuple[float, float]:
-        (found,) = encoded(tokenizer, [row], arguments(tmp_path, **changes))
+        (found,) = encoded(tokenizer, [row], **changes)
         return found["pairs"][0]["target"], found["weight"]
 
     assert first() == (1.0, 1.0)
@@ -169,19 +172,13 @@ def test_like_lengths_go_together_in_no_order_of_length() -> None:
 def test_several_reward_models_and_their_doubt() -> None:
     values = {"a": [1.0, 4.0], "b": [3.0, 4.0], "f": [0.5, 0.0]}
 
-    def part(name: str, parent: Any) -> Part:
-        return Part(name, 1.0, lambda *_: torch.tensor(values[name]), parent)
-
-    class Texts:
-        def texts(self, ids: Any) -> list[str]:
-            return ["", ""]
+    def part(name: str, parent: Any) -> RewardPart:
+        return RewardPart(name, 1.0, lambda _: torch.tensor(values[name]), parent)
 
     parts = [part("a", object()), part("b", object()), part("f", None)]
-    messages = [[{"role": "user", "content": "x"}]] * 2
-    found = {}
-    for ensemble in ("sum", "mean", "lower"):
-        scorer = Scorer(parts, Texts(), ensemble, 0.5)  # type: ignore[arg-type]
-        found[ensemble] = scorer(messages, [[0]] * 2, [[0]] * 2, [{}] * 2)
+    prompt = [{"role": "user", "content": "x"}]
+    answers = Answers([prompt] * 2, [[0]] * 2, [[0]] * 2, texts=["", ""], rows=[{}] * 2)
+    found = {ensemble: Scorer(parts, ensemble, 0.5)(answers) for ensemble in ("sum", "mean", "lower")}
     assert found["sum"].scores.tolist() == [4.5, 8.0]
     assert found["mean"].scores.tolist() == [2.5, 4.0]
     assert found["lower"].scores.tolist() == [2.0, 4.0]
@@ -287,37 +284,27 @@ def test_a_template_is_assigned_once() -> None:
 
 
 def test_unit_variance_over_the_parents_answers(scalar: Any, tokenizer: Any, tmp_path: Path) -> None:
-    """Scores of answers sampled from the parent spread by 1: the very samples exactly, others nearly (Z19)."""
+    """Scores of answers sampled from the parent spread by 1: the very samples exactly, others nearly (Ziegler et al. 2019)."""
     from pipeline.data.sources import Source
     from pipeline.models.reward_model import score_ids
-    from pipeline.models.tokenizers import forbidden_token_ids
-    from pipeline.reward import Split, _unit_variance
-    from pipeline.rollout.rollout import LocalEngine, row_uniforms
+    from pipeline.rollout.score_scale import distinct_prompts, sample_answers, scale_to_unit_variance
 
     tokenizer.chat_template = tokenizer.chat_template or ROLE_TEMPLATE
     lines = (ROOT / "data_cards/demo_comparisons/train.jsonl").read_text(encoding="utf-8").splitlines()[:400]
     rows = [json.loads(line) for line in lines]
     records = [{**parse_ranking(row), "row": row, "line": n} for n, row in enumerate(rows, 1)]
-    encoder, args = ChatEncoder(tokenizer), arguments(tmp_path, unit_variance_samples=128, max_tokens=110)
-    split = Split(trained=[(0, n) for n in range(len(records))])
+    args = dataclasses.replace(arguments(tmp_path), parent=str(tmp_path / "lm"), max_tokens=110)
+    encoder, pad_id = ChatEncoder(tokenizer), tokenizer.pad_token_id
+    prompts = distinct_prompts([Source("demo", records, "")], [list(range(len(records)))], 128)
+    assert len({repr(prompt) for prompt in prompts}) == len(prompts) == 128
     before = scalar.score.weight.clone()
-    scale = _unit_variance(scalar, encoder, str(tmp_path / "lm"), [Source("demo", records, "")], split, args)
+    scale = scale_to_unit_variance(scalar, encoder, prompts, args)
     assert torch.allclose(scalar.score.weight, before * scale)
     assert scale != 1.0
-    prompts = list({repr(r["prompt"]): r["prompt"] for r in records}.values())[:128]
     ids = [encoder.prompt_ids(prompt) for prompt in prompts]
-    room = 110 - max(map(len, ids))
-    policy = make_lm("llama", tokenizer)
-    engine = LocalEngine(
-        room,
-        [encoder.eos_id],
-        tokenizer.pad_token_id,
-        forbidden_token_ids(tokenizer, policy.config.vocab_size, [encoder.eos_id]),
-    )
     for seed, tolerance in ((0, 1e-4), (1, 0.2)):
-        answers = engine.responses(policy, ids, row_uniforms(seed, range(len(ids)), room))
-        scores = score_ids(scalar, [p + a for p, a in zip(ids, answers, strict=True)], tokenizer.pad_token_id)
-        assert scores.std().item() == pytest.approx(1.0, abs=tolerance)
+        rows_of_seed = sample_answers(scalar, encoder, ids, dataclasses.replace(args, seed=seed))
+        assert score_ids(scalar, rows_of_seed, pad_id).std().item() == pytest.approx(1.0, abs=tolerance)
 
 
 def test_a_scaled_adapter_stays_the_merged_model(chain: Path, recipes: Path, tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""What one training step holds in memory beside weights, gradients and optimizer, from a config alone.
+
+A step is run on fake tensors (shapes and no data) under torch's own memory tracker, with four and with six layers; what a
+layer adds is then counted for all of them. So no model has to fit anywhere, and 96 layers take as long as six.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+from pipeline.planning.parameters import ConfigKey, build, has_experts, layers_of, parameters, with_layers
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
+
+LAYERS = (4, 6)  # few, but enough that the peak lies where it lies in a deep model
+
+
+def step_memory(
+    config: PreTrainedConfig,
+    rows: int,
+    length: int,
+    *,
+    head: str = "causal",
+    response: int | None = None,
+    precision: str = "fp32",
+    checkpointing: bool = False,
+    logits_bytes: int | None = None,
+) -> int:
+    """Bytes that a forward and backward pass of (rows, length) tokens adds to weights, gradients and optimizer at its peak.
+
+    Args:
+        head: "causal" (logits of all positions, as transformers' Trainer makes them), "tiles" (none at once, as TRL's fused head
+            in SFT; its tiles are left out), "score" (one a row), "value" (one a position), or "response" (logits of the last `response` positions of each row, in chunks of `logits_bytes`).
+        precision: "fp32"; "autocast" (bf16 over fp32 weights: the bf16 copies of all weights count); "bf16" (weights gathered in
+            bf16 a layer at a time, as sharded backends do).
+
+    LoRA keeps the same activations: every adapter needs its layer's input, as the layer's own weight would.
+    """
+    return _step_memory(ConfigKey(config), rows, length, head, response, precision, checkpointing, logits_bytes)
+
+
+@functools.lru_cache(maxsize=256)
+def _step_memory(key: ConfigKey, rows: int, length: int, head: str, *rest: Any) -> int:
+    depth = layers_of(key.config)
+    if depth <= LAYERS[1]:
+        return fake_step(key.config, rows, length, head, *rest)
+    few, more = (fake_step(with_layers(key.config, n), rows, length, head, *rest) for n in LAYERS)
+    return max(0, few + (more - few) * (depth - LAYERS[0]) // (LAYERS[1] - LAYERS[0]))
+
+
+def _step_with_experts(
+    config: PreTrainedConfig, rows: int, length: int, head: str, response: int | None, precision: str, *rest: Any
+) -> int:
+    """As `fake_step`, estimated: torch 2.13 runs grouped experts on fake tensors in bf16 alone.
+
+    fp32 takes twice as much; autocast takes as much, and a bf16 copy of every weight.
+    """
+    in_bf16 = fake_step(config, rows, length, head, response, "bf16", *rest)
+    copies = 2 * parameters(config, head in ("score", "value")).total if precision == "autocast" else 0
+    return in_bf16 * (2 if precision == "fp32" else 1) + copies
+
+
+def fake_step(
+    config: PreTrainedConfig,
+    rows: int,
+    length: int,
+    head: str = "causal",
+    response: int | None = None,
+    precision: str = "fp32",
+    checkpointing: bool = False,
+    logits_bytes: int | None = None,
+) -> int:
+    """The same with exactly the config's layers."""
+    if has_experts(config) and precision != "bf16":
+        return _step_with_experts(config, rows, length, head, response, precision, checkpointing, logits_bytes)
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        model = build(config, head in ("score", "value"), dtype).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        positions = torch.arange(length)[None].expand(rows, length)
+        tracker = peak_tracker()
+        tracker.track_external(model)
+        with tracker:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+                loss = _loss(model, head, ids, positions, response, logits_bytes)
+            loss.backward()
+        peak = by_part(tracker)
+    return peak["Total"] - sum(peak.get(part, 0) for part in ("PARAM", "GRAD", "BUFFER", "OPT"))
+
+
+def peak_tracker() -> Any:
+    """torch's tracker without its peaks of each module, which take half of its time; the peak of all is what we read."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    class Peak(MemTracker):
+        def _update_peak_stats(
+            self, peak_state: Any
+        ) -> None:  # were it renamed, modules would be tracked again, no more
+            kept, self.memory_tracking = self.memory_tracking, type(self.memory_tracking)()
+            super()._update_peak_stats(peak_state)
+            self.memory_tracking = kept
+
+    return Peak()
+
+
+def by_part(tracker: Any) -> dict[str, int]:
+    """Bytes at the peak by torch's names: PARAM, GRAD, ACT, TEMP, OPT, BUFFER."""
+    peak: dict[str, int] = {}
+    for sizes in tracker.get_tracker_snapshot("peak").values():
+        for kind, size in sizes.items():
+            name = getattr(kind, "name", str(kind))
+            peak[name] = peak.get(name, 0) + size
+    return peak
+
+
+def _loss(model: Any, head: str, ids: Any, positions: Any, response: int | None, logits_bytes: int | None) -> Any:
+    if head == "score":
+        return model(input_ids=ids, use_cache=False).logits.float().sum()
+    if head == "value":
+        trunk = getattr(model, model.base_model_prefix)
+        hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
+        return model.score(hidden[:, -(response or ids.shape[1]) :])[..., 0].float().sum()
+    if head == "tiles":
+        return model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float().sum()
+    if head == "causal":
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+    from torch.utils.checkpoint import checkpoint
+
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    picked = hidden[:, -(response or ids.shape[1]) :].flatten(0, 1)
+    table = model.get_output_embeddings()
+    chunk = max(1, (logits_bytes or 2**62) // (4 * table.weight.shape[0]))
+
+    def run(states: Any) -> Any:
+        return torch.log_softmax(F.linear(states, table.weight).float(), -1)[:, 0].sum()
+
+    pieces = picked.split(chunk)
+    many = len(pieces) > 1
+    return sum(checkpoint(run, piece, use_reentrant=False) if many else run(piece) for piece in pieces)
