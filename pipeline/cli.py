@@ -22,6 +22,7 @@ COMMANDS = {
     "score": "write a reward model's scores beside the rows of a file",
     "report": "measure a run and write report/report.json and report/index.html",
     "compare": "what differs between two runs: recipe, data, code, result",
+    "export": "what is shipped of a run: weights, tokenizer, generation config and card in a folder of its own",
     "best-of": "rejection sampling: the best of n responses per prompt, as demonstrations",
 }
 

@@ -29,7 +29,6 @@ from pipeline.rollout.prompts import PromptSet, prepare_prompts
 from pipeline.rollout.rewards import DISAGREEMENT, ScoringSetup, build_scorer, identity, judge_labels, part_names
 from pipeline.training.json_files import write_json
 from pipeline.training.lineage import Parent, read_lineage, verify_parent
-from pipeline.training.ppo_state import BEST
 from pipeline.training.run import Run
 
 import torch
@@ -211,8 +210,6 @@ def save_result(training: Any, run: Run[Any], evaluation: Evaluation) -> None:
         summary=f"held-out score {metrics['score']:.3f} (SFT {metrics['reference_score']:.3f}) at a KL of {metrics['kl']:.2f} nats, "
         f"{metrics['response_tokens']:.1f} tokens per response, {metrics['stopped']:.0%} stopped{best}",
     )
-    if run.is_main:
-        (folder / BEST).unlink(missing_ok=True)  # not before lineage.json stands: a killed run needs it again
     inputs.accelerator.end_training()  # last: it also ends the process group
 
 

@@ -23,6 +23,7 @@ from pipeline.training.json_files import NotAnObject, read_json_object, write_js
 
 logger = logging.getLogger("pipeline")
 MANIFEST = "manifest.json"
+BEST = "best.pt"  # beside the checkpoints: the networks of PPO's best evaluation
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 NOT_LISTED = (MANIFEST, MANIFEST + ".tmp")
 

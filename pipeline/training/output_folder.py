@@ -186,7 +186,8 @@ class StageOutput:
         self._remove_what_resumes()
 
     def _remove_what_resumes(self) -> None:
-        (self.folder / RESUMES).unlink(missing_ok=True)
+        for name in (RESUMES, checkpoints.BEST):
+            (self.folder / name).unlink(missing_ok=True)
         checkpoints.remove_all(self.folder)
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.algorithms.ppo import RunningMoments
-from pipeline.training.checkpoints import writing
+from pipeline.training.checkpoints import BEST, writing
 from pipeline.training.json_files import write_json
 from pipeline.training.output_folder import StageOutput
 from pipeline.training.processes import Processes
 
 import torch
 
-BEST = "best.pt"
 TENSORS, STATE = "tensors.pt", "state.json"
 
 

@@ -97,7 +97,14 @@ class Run(Generic[Arguments]):
         seconds = self.output.seconds
         if self.is_main:
             tokenizer_hash, template_hash = tokenizer_hashes(tokenizer)
-            write_model_card(self.output.folder, self.name, self.output.recipe, parents, datasets, metrics)
+            write_model_card(
+                self.output.folder,
+                self.name,
+                recipe=self.output.recipe,
+                parents=parents,
+                datasets=datasets,
+                metrics=metrics,
+            )
             lineage = {
                 "parents": parents,
                 "datasets": datasets,
