@@ -3,7 +3,7 @@
     python -m pipeline.training.launcher [accelerate's options] pipeline/sft.py [the stage's flags]
 
 The only place that calls accelerate's launcher from Python (accelerate 1.15: `launch_command_parser`, `launch_command`;
-torch 2.13: `ChildFailedError.failures`). As a command of its own it turns every exit code into 1 and adds a traceback.
+torch 2.13: `ChildFailedError.failures`, `SignalException.sigval`). As a command of its own it turns every exit code into 1 and adds a traceback.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def main(argv: Sequence[str]) -> int:
     """Launch a script under accelerate; returns the exit code of the process that failed first, 0 if none did."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -39,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
         return _exit_code([error.returncode])
     except ChildFailedError as error:
         return _exit_code([failure.exitcode for failure in error.failures.values()])
+    except SignalException as error:  # torch's launcher has ended the processes
+        return 128 + int(error.sigval)
     return 0
 
 

@@ -63,6 +63,39 @@ def test_the_launcher_gives_the_exit_code_of_the_stage(tmp_path: Path) -> None:
         assert ("error: x" in done.stderr) == (code == 2)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_launcher_waits_for_stages_that_a_signal_ends(tmp_path: Path, processes: int) -> None:
+    script = tmp_path / "stage.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def end(*_):\n    time.sleep(1)\n    print('saved', flush=True)\n    os._exit(143)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "pathlib.Path(__file__).with_name(os.environ.get('RANK', '0')).touch()\ntime.sleep(60)\n"
+    )
+    options = [*OPTIONS[:-3], "--num_processes", str(processes), *(["--multi_gpu"] if processes > 1 else ["--cpu"])]
+    command = [sys.executable, "-m", "pipeline.training.launcher", *options, "--main_process_port", "0", str(script)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / str(rank)).exists() for rank in range(processes)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert out.count("saved") == processes
+    assert "Traceback" not in err
+
+
 def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def body(run: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
