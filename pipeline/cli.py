@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -29,13 +30,16 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     accept_any_terminal()
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [_with_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         args = _parse(words)
         code = args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:  # `rlhf check … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
@@ -45,6 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {message}", file=sys.stderr)
         code = 2
     raise SystemExit(code)
+
+
+def _with_home(word: str) -> str:
+    """A shell leaves the `~` of `--output-dir=~/runs` as it is."""
+    name, equals, path = word.partition("=")
+    return f"{name}={os.path.expanduser(path)}" if equals and name.startswith("--") else os.path.expanduser(word)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

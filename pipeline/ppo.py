@@ -254,8 +254,8 @@ class Learner:
         args, sums = self.args, MetricSums()
         tokens, value_tokens = int(minibatch.lengths.sum()), int(minibatch.value_lengths.sum())
         lengths = [len(p) + len(r) for p, r in zip(minibatch.prompt_ids, minibatch.response_ids, strict=True)]
-        mine = self.processes.share(range(len(minibatch)))
-        for rows in microbatches(lengths, mine, args.micro_batch_tokens):
+        own_sequences = self.processes.share(range(len(minibatch)))
+        for rows in microbatches(lengths, own_sequences, args.micro_batch_tokens):
             part = minibatch.select(rows)
             batch = self.collector.batch(part.prompt_ids, part.response_ids)
             part = part.to(self.collector.device)

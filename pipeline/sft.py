@@ -87,6 +87,8 @@ def main(run: Run[SFTArguments]) -> None:
     held_out_records = [record for _, part in splits for record in part]
     held_out = [e for s, (_, part) in zip(sources, splits, strict=True) for e in encode(encoder, s, part, args)]
     if not train_examples:
+        if not any(part for part, _ in splits):
+            raise UserError("no demonstration is left to train on; lower held_out_fraction or give more demonstrations")
         raise UserError(f"no demonstration fits into max_tokens ({args.max_tokens}); raise it")
     if not held_out:
         raise UserError("no demonstration was held out; raise held_out_fraction or give more demonstrations")

@@ -1,4 +1,4 @@
-"""Rankings kept together against the same pairs shuffled, epoch by epoch: does it overfit as InstructGPT found (I22, section 3.5)?
+"""Rankings kept together against the same pairs shuffled, epoch by epoch: does it overfit as InstructGPT found (section 3.5)?
 
     python scripts/study_shuffled_pairs.py --parent runs/demo/sft --data data_cards/demo_comparisons/train.jsonl --rankings 700
 

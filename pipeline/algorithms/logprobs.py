@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def tempered_logits(logits: Tensor, temperature: float, forbidden: Tensor | None) -> Tensor:
-    """Logits in fp32, divided by the temperature, the lowest number at forbidden ids: the distribution that is sampled
-    and trained. (Not -inf: a probability of exactly 0 comes out all the same, and 0 times it is 0, not NaN.)
+    """Logits in fp32, divided by the temperature; forbidden ids get the lowest finite number. This distribution is sampled
+    and trained. (Not -inf: the probability is exactly 0 either way, but 0 · -inf is NaN in the entropy.)
 
     Args:
         logits: (..., vocab), any float dtype.

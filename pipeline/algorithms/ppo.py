@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-MAX_LOG_RATIO = 20.0  # a ratio of e^20 no longer says anything but that the run is lost; e^89 overflows fp32
+MAX_LOG_RATIO = 20.0  # a larger ratio only shows that the run has diverged; e^89 overflows fp32
 
 
 def missing_eos_scores(scores: Tensor, finished: Tensor, mode: str, value: float) -> Tensor:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from pipeline.config.rewards import reward_source
 from pipeline.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--policy", type=os.path.expanduser, required=True, help="folder or Hub id of the model that answers"
-    )
+    parser.add_argument("--policy", required=True, help="folder or Hub id of the model that answers")
     parser.add_argument(
         "--reward", required=True, nargs="+", help="model folder or module:function, `*0.2` after it: weight"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from pipeline.commands.check_data import check_data, is_data
 
@@ -11,7 +10,6 @@ from pipeline.commands.check_data import check_data, is_data
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
-        type=os.path.expanduser,
         help="recipe folder, or one stage's YAML; or comparisons: a .jsonl, .jsonl.gz, .parquet, card folder",
     )
     recipe = parser.add_argument_group("recipe")

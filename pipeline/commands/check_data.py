@@ -38,7 +38,7 @@ def check_data(
     split: str = "train",
     seed: int = 0,
 ) -> int:
-    """ComparisonStatistics a file of comparisons or rankings; prints text or JSON.
+    """Print the statistics of a file of comparisons or rankings, as text or JSON.
 
     Args:
         against: files of prompts or demonstrations whose prompts should not stand in this one.
@@ -103,7 +103,7 @@ def _print_statistics(found: dict[str, Any]) -> None:
     unnamed = f"; {found['unnamed_labeler_rows']:,} rows name none" if found["unnamed_labeler_rows"] else ""
     table.add_row("labelers", (f"{len(named)}: {shown}{more}" if named else "none named") + (unnamed if named else ""))
     sizes = ", ".join(f"K={size}: {count:,}" for size, count in found["responses_per_row"].items())
-    table.add_row("responses a row", sizes)
+    table.add_row("responses per row", sizes)
     ties = f"{found['tied_pairs']:,} tied ({share(found['tied_pairs'], pairs)}), in {found['rows_with_ties']:,} rows"
     table.add_row("pairs", f"{pairs:,}; {ties}")
     for reason, problem in found["problems"].items():

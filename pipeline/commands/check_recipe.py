@@ -118,18 +118,18 @@ def dataset_rows(name: str, args: Any, checked: Checked) -> list[tuple[str, str,
         )
     rows = []
     for source in sources:
-        lengths = sorted(_lengths(name, source, checked.tokenizer))
+        lengths = sorted(_lengths(name, source, checked.tokenizer, args))
         _check_lengths(name, source, lengths, args)
         rows.append((source.name, f"{len(source.records):,}", f"{lengths[len(lengths) // 2]} / {lengths[-1]}"))
     return rows
 
 
-def _lengths(stage: str, source: Source, tokenizer: Any) -> list[int]:
+def _lengths(stage: str, source: Source, tokenizer: Any, args: Any) -> list[int]:
     records = source.records
     if stage == "pretrain":
         return [len(ids) for ids in document_ids(tokenizer, [r["text"] for r in records])]
-    if stage != "ppo":  # which refuses a parent without one
-        assign_template(tokenizer)
+    if stage != "ppo" or args.chat_template:  # PPO refuses a parent without one
+        assign_template(tokenizer, chat_template=args.chat_template)
     if not tokenizer.chat_template:
         return [0 for _ in records]
     encoder = ChatEncoder(tokenizer)

@@ -26,9 +26,7 @@ COMPARED = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs=2, type=os.path.expanduser, metavar="RUN", help="folder of a run, or of one stage"
-    )
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="folder of a run, or of one stage")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=os.path.expanduser, help="recipe folder")
+    parser.add_argument("recipe", help="recipe folder")
     parser.add_argument("--gpus", type=int, default=1, help="devices")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="of pipeline/planning/devices.yaml, e.g. h100, l4")
     parser.add_argument("--devices", metavar="FILE", help="YAML with devices of your own, in the same form")

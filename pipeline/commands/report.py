@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run_dir", type=os.path.expanduser, help="folder that holds the stages' outputs, e.g. runs/demo"
-    )
+    parser.add_argument("run_dir", help="folder that holds the stages' outputs, e.g. runs/demo")
     add = parser.add_argument_group("judges").add_argument
     add(
         "--judge",
-        type=os.path.expanduser,
         action="append",
         default=[],
         metavar="JUDGE",
@@ -21,26 +17,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--recipe",
-        type=os.path.expanduser,
         metavar="DIR",
         help="folder whose Python files the run's recipe may name as judges; without it only code in the current folder "
         "and in recipes that ship is run",
     )
     add(
         "--llm-judge",
-        type=os.path.expanduser,
         metavar="WHERE",
         help="a language model that compares answers in pairs: a folder, or the base URL of an OpenAI-compatible server "
         "(key in RLHF_JUDGE_API_KEY or OPENAI_API_KEY, sent over https or to this machine only)",
     )
     add("--llm-judge-model", metavar="NAME", help="the model's name at that server")
     add = parser.add_argument_group("answers").add_argument
-    add("--prompts", type=os.path.expanduser, metavar="FILE", help="held-out prompts; default: those of the PPO recipe")
+    add("--prompts", metavar="FILE", help="held-out prompts; default: those of the PPO recipe")
     add("--num-prompts", type=int, default=200, help="held-out prompts answered by every stage")
-    add("--data-root", type=os.path.expanduser, help="what relative dataset paths are relative to")
+    add("--data-root", help="what relative dataset paths are relative to")
     add(
         "--against",
-        type=os.path.expanduser,
         action="append",
         default=[],
         metavar="DIR",
@@ -49,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--best-of", type=int, default=8, metavar="N", help="reference point beside PPO: best of N; 0: none")
     add = parser.add_argument_group("further measurements").add_argument
     add("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval tasks of every stage")
-    add("--tasks-path", type=os.path.expanduser, metavar="DIR", help="folder of task files of your own")
+    add("--tasks-path", metavar="DIR", help="folder of task files of your own")
     add("--watts", type=float, help="power of one device (of the machine, on CPUs), for the energy")
 
 

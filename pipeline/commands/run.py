@@ -30,12 +30,9 @@ Flags = dict[str, list[str]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe",
-        type=os.path.expanduser,
         help="folder with pretrain.yaml, sft.yaml, reward.yaml, ppo.yaml (any of them)",
     )
-    parser.add_argument(
-        "--output-dir", type=os.path.expanduser, help="folder of the run; default: what the recipe's stages say"
-    )
+    parser.add_argument("--output-dir", help="folder of the run; default: what the recipe's stages say")
     parser.add_argument("--from", dest="first", metavar="STAGE", help="first stage to run")
     parser.add_argument("--to", dest="last", metavar="STAGE", help="last stage to run")
     parser.add_argument(

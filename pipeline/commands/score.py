@@ -24,17 +24,9 @@ ROWS = 64  # scored and written together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "file",
-        type=os.path.expanduser,
-        help="demonstrations, comparisons or rankings, in any form that the stages read",
-    )
-    parser.add_argument(
-        "--reward", required=True, type=os.path.expanduser, metavar="DIR", help="folder or Hub id of a reward model"
-    )
-    parser.add_argument(
-        "--output", type=os.path.expanduser, metavar="FILE", help="default: the file's name with .scored.jsonl"
-    )
+    parser.add_argument("file", help="demonstrations, comparisons or rankings, in any form that the stages read")
+    parser.add_argument("--reward", required=True, metavar="DIR", help="folder or Hub id of a reward model")
+    parser.add_argument("--output", metavar="FILE", help="default: the file's name with .scored.jsonl")
     parser.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="a column of another name")
 
 

@@ -21,7 +21,7 @@ class PPOArguments(StageArguments):
     # Not a TrainingArguments: PPO's own loop would ignore most of those fields.
     parent: str = key("", "folder or Hub id of the SFT model: policy and reference", group="Networks", path=True)
     chat_template: str | None = key(
-        None, "chat template for a parent without one: a file, its text, `chatml` or `plain`; default: refused"
+        None, "chat template: a file, its text, `chatml` or `plain`; default: the parent's, which must have one"
     )
     roles: Literal["separate", "shared_trunk", "adapters"] = key(
         "separate",

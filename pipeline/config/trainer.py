@@ -77,7 +77,7 @@ class AdapterArguments(TrainerArguments):
 
     parent: str = key("", "folder or Hub id of the model to start from", group="Model", path=True)
     chat_template: str | None = key(
-        None, "chat template for a parent without one: a file, its text, `chatml` or `plain`; default: plain"
+        None, "chat template: a file, its text, `chatml` or `plain`; default: the parent's, or plain where it has none"
     )
     max_tokens: int = key(1024, "longest prompt and response together; longer examples are counted and dropped", 8, 1e7)
     lora: LoraOptions | None = key(None, "train LoRA adapters instead of all weights")

@@ -13,7 +13,7 @@ def seeded_order(seed: int, count: int) -> list[int]:
 
 
 def epoch_permutation_indices(count: int, first: int, number: int, seed: int) -> list[int]:
-    """Positions `first` to `first + number` of seeded permutations of `count` items end to end."""
+    """Positions `first` to `first + number` of a sequence of seeded permutations of `count` items."""
     orders: dict[int, list[int]] = {}
     picked = []
     for position in range(first, first + number):

@@ -197,7 +197,7 @@ def at_row(record: Record) -> Iterator[None]:
         raise UserError(str(error), file=record.get("file"), line=record.get("line")) from error
 
 
-# ---------------------------------------------------------------------------------------------- parsers, one a kind
+# ---------------------------------------------------------------------------------------------- parsers, one per kind
 
 
 def parse_document(row: dict[str, Any]) -> Record:

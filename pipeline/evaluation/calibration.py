@@ -1,4 +1,4 @@
-"""Whether a probability means what it says."""
+"""Calibration: whether stated probabilities match observed shares."""
 
 from __future__ import annotations
 

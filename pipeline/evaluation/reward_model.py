@@ -273,12 +273,17 @@ def evaluate_reward_model(
     return metrics | (_noise_ceiling(truth, everyone, len(pairs.rows), metrics) if truth else {})
 
 
-def _noise_ceiling(truth: Truth, everyone: ScoredPairs, insiders: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the truth itself reaches against the labelers' noisy choices; the first `insiders` rankings are held out."""
+def _noise_ceiling(truth: Truth, everyone: ScoredPairs, count: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy of the truth itself against the labelers' noisy choices.
+
+    Args:
+        everyone: rankings of labelers who were trained on, then those of held-out labelers.
+        count: number of the former.
+    """
     ceiling = score_rankings_by_function(truth, everyone.rows)
     by_labeler = {name: item.accuracy for name, item in ceiling.accuracy_by(labeler_of).items()}
     return {
-        "noise_ceiling": ceiling.accuracy(ceiling.ranking < insiders).accuracy,
+        "noise_ceiling": ceiling.accuracy(ceiling.ranking < count).accuracy,
         "noise_ceiling_by_labeler": by_labeler,
         "share_of_ceiling_by_labeler": {
             name: metrics["accuracy_by_labeler"][name] / top for name, top in by_labeler.items() if top

@@ -16,7 +16,7 @@ from pipeline.models.lora import read_adapter
 from pipeline.models.networks import Networks, SeparateNetworks, SharedBackboneNetworks, zero_value
 from pipeline.models.precision import DevicePlan, cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import load_scalar_model
-from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer
+from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, require_rows
 from pipeline.models.trials import enable_packed_attention
 
 import torch
@@ -48,6 +48,7 @@ def build_networks(inputs: NetworkInputs, plan: DevicePlan, device: torch.device
     """
     args = inputs.args
     policy = load_causal_lm(inputs.policy, args.quantization)
+    require_rows(inputs.encoder.tokenizer, policy, inputs.policy)
     tokens = args.max_prompt_tokens + args.max_response_tokens
     refuse_beyond_context(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
     arrangements = {"separate": _separate, "shared_trunk": _shared_backbone, "adapters": _adapters}

@@ -76,7 +76,7 @@ def response_batch(
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the networks say of sampled responses, without gradients.
+    """Log-probabilities and values of sampled responses, without gradients.
 
     logprobs, ref_logprobs: (response_tokens,) fp32, nats. values: (value_tokens,) fp32, or None where they were not asked for.
     """

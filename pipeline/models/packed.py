@@ -150,7 +150,7 @@ def is_packed(model: Any) -> bool:
 
 
 class _Pad(torch.autograd.Function):
-    """(tokens, …) to (sequences, length, …) per group. Both directions are gathers: each slot has one token, each token one slot."""
+    """(tokens, …) to (sequences, length, …) per group. Both directions are gathers: each position has one token, each token one position."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, unpad_index: Tensor, *pad_index: Tensor) -> tuple[Tensor, ...]:

@@ -6,8 +6,10 @@ layer adds is then counted for all of them. So no model has to fit anywhere, and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.planning.parameters import ConfigKey, build, has_experts, layers_of, parameters, with_layers
@@ -20,79 +22,81 @@ from transformers import PreTrainedConfig
 LAYERS = (4, 6)  # few, but enough that the peak lies where it lies in a deep model
 
 
-def step_memory(
-    config: PreTrainedConfig,
-    rows: int,
-    length: int,
-    *,
-    head: str = "causal",
-    response: int | None = None,
-    precision: str = "fp32",
-    checkpointing: bool = False,
-    logits_bytes: int | None = None,
-) -> int:
-    """Bytes that a forward and backward pass of (rows, length) tokens adds to weights, gradients and optimizer at its peak.
+@dataclass(frozen=True)
+class Step:
+    """A forward and backward pass.
 
-    Args:
-        head: "causal" (logits of all positions, as transformers' Trainer makes them), "tiles" (none at once, as TRL's fused head
-            in SFT; its tiles are left out), "score" (one a row), "value" (one a position), or "response" (logits of the last `response` positions of each row, in chunks of `logits_bytes`).
-        precision: "fp32"; "autocast" (bf16 over fp32 weights: the bf16 copies of all weights count); "bf16" (weights gathered in
-            bf16 a layer at a time, as sharded backends do).
+    rows, length: of its tokens.
+    head: "causal" (logits of all positions, as transformers' Trainer makes them), "tiles" (none at once, as TRL's fused
+        head in SFT; its tiles are left out), "score" (one per row), "value" (one per position), or "response" (logits of
+        the last `response` positions of each row, in chunks of `logits_bytes`).
+    precision: "fp32"; "autocast" (bf16 over fp32 weights: the bf16 copies of all weights count); "bf16" (weights gathered
+        in bf16 a layer at a time, as sharded backends do).
+    checkpointing: activations are recomputed in the backward pass.
+    """
+
+    rows: int
+    length: int
+    head: str = "causal"
+    response: int | None = None
+    precision: str = "fp32"
+    checkpointing: bool = False
+    logits_bytes: int | None = None
+
+    @property
+    def scalar(self) -> bool:
+        return self.head in ("score", "value")
+
+    @property
+    def read_positions(self) -> int:
+        """Positions at the end of each row that the head reads."""
+        return self.response or self.length
+
+
+def step_memory(config: PreTrainedConfig, step: Step) -> int:
+    """Bytes that a step adds to weights, gradients and optimizer at its peak.
 
     LoRA keeps the same activations: every adapter needs its layer's input, as the layer's own weight would.
     """
-    return _step_memory(ConfigKey(config), rows, length, head, response, precision, checkpointing, logits_bytes)
+    return _step_memory(ConfigKey(config), step)
 
 
 @functools.lru_cache(maxsize=256)
-def _step_memory(key: ConfigKey, rows: int, length: int, head: str, *rest: Any) -> int:
+def _step_memory(key: ConfigKey, step: Step) -> int:
     depth = layers_of(key.config)
     if depth <= LAYERS[1]:
-        return fake_step(key.config, rows, length, head, *rest)
-    few, more = (fake_step(with_layers(key.config, n), rows, length, head, *rest) for n in LAYERS)
+        return fake_step(key.config, step)
+    few, more = (fake_step(with_layers(key.config, n), step) for n in LAYERS)
     return max(0, few + (more - few) * (depth - LAYERS[0]) // (LAYERS[1] - LAYERS[0]))
 
 
-def _step_with_experts(
-    config: PreTrainedConfig, rows: int, length: int, head: str, response: int | None, precision: str, *rest: Any
-) -> int:
+def _step_with_experts(config: PreTrainedConfig, step: Step) -> int:
     """As `fake_step`, estimated: torch 2.13 runs grouped experts on fake tensors in bf16 alone.
 
     fp32 takes twice as much; autocast takes as much, and a bf16 copy of every weight.
     """
-    in_bf16 = fake_step(config, rows, length, head, response, "bf16", *rest)
-    copies = 2 * parameters(config, head in ("score", "value")).total if precision == "autocast" else 0
-    return in_bf16 * (2 if precision == "fp32" else 1) + copies
+    in_bf16 = fake_step(config, dataclasses.replace(step, precision="bf16"))
+    copies = 2 * parameters(config, step.scalar).total if step.precision == "autocast" else 0
+    return in_bf16 * (2 if step.precision == "fp32" else 1) + copies
 
 
-def fake_step(
-    config: PreTrainedConfig,
-    rows: int,
-    length: int,
-    head: str = "causal",
-    response: int | None = None,
-    precision: str = "fp32",
-    checkpointing: bool = False,
-    logits_bytes: int | None = None,
-) -> int:
+def fake_step(config: PreTrainedConfig, step: Step) -> int:
     """The same with exactly the config's layers."""
-    if has_experts(config) and precision != "bf16":
-        return _step_with_experts(config, rows, length, head, response, precision, checkpointing, logits_bytes)
+    if has_experts(config) and step.precision != "bf16":
+        return _step_with_experts(config, step)
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        model = build(config, head in ("score", "value"), dtype).train()
-        if checkpointing:
+        dtype = torch.bfloat16 if step.precision == "bf16" else torch.float32
+        model = build(config, step.scalar, dtype).train()
+        if step.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        positions = torch.arange(length)[None].expand(rows, length)
         tracker = peak_tracker()
         tracker.track_external(model)
         with tracker:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-                loss = _loss(model, head, ids, positions, response, logits_bytes)
+            with torch.autocast("cpu", torch.bfloat16, enabled=step.precision == "autocast"):
+                loss = _loss(model, step)
             loss.backward()
         peak = by_part(tracker)
     return peak["Total"] - sum(peak.get(part, 0) for part in ("PARAM", "GRAD", "BUFFER", "OPT"))
@@ -123,24 +127,26 @@ def by_part(tracker: Any) -> dict[str, int]:
     return peak
 
 
-def _loss(model: Any, head: str, ids: Any, positions: Any, response: int | None, logits_bytes: int | None) -> Any:
-    if head == "score":
+def _loss(model: Any, step: Step) -> Any:
+    ids = torch.zeros(step.rows, step.length, dtype=torch.long)
+    positions = torch.arange(step.length)[None].expand(step.rows, step.length)
+    if step.head == "score":
         return model(input_ids=ids, use_cache=False).logits.float().sum()
-    if head == "value":
-        trunk = getattr(model, model.base_model_prefix)
-        hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
-        return model.score(hidden[:, -(response or ids.shape[1]) :])[..., 0].float().sum()
-    if head == "tiles":
+    if step.head == "value":
+        backbone = getattr(model, model.base_model_prefix)
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        return model.score(hidden[:, -step.read_positions :])[..., 0].float().sum()
+    if step.head == "tiles":
         return model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float().sum()
-    if head == "causal":
+    if step.head == "causal":
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
     from torch.utils.checkpoint import checkpoint
 
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    picked = hidden[:, -(response or ids.shape[1]) :].flatten(0, 1)
+    picked = hidden[:, -step.read_positions :].flatten(0, 1)
     table = model.get_output_embeddings()
-    chunk = max(1, (logits_bytes or 2**62) // (4 * table.weight.shape[0]))
+    chunk = max(1, (step.logits_bytes or 2**62) // (4 * table.weight.shape[0]))
 
     def run(states: Any) -> Any:
         return torch.log_softmax(F.linear(states, table.weight).float(), -1)[:, 0].sum()

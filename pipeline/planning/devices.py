@@ -73,7 +73,7 @@ def energy(lineages: dict[str, dict[str, Any]], watts: float | None) -> dict[str
         if power is None:
             result["unknown"].append(stage)
             continue
-        used = lineage["processes"] if gpus else 1  # a device a process; on CPUs `watts` is the machine's
+        used = lineage["processes"] if gpus else 1  # one device per process; on CPUs `watts` is the machine's
         result["watts"][stage] = power * used
         result["kwh"][stage] = lineage["seconds"] / 3600 * power * used / 1000
     return result

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.models.sizes import LOGITS_BYTES
-from pipeline.planning.activations import step_memory
+from pipeline.planning.activations import Step, step_memory
 from pipeline.planning.attention import cache_bytes
 from pipeline.planning.devices import Device
 from pipeline.planning.parameters import lora_parameters
@@ -18,7 +19,7 @@ FP32 = 4.0
 WEIGHT_BYTES = {None: FP32, "8bit": 1.0, "4bit": 0.5 + 0.127 / 8}  # NF4, double quantisation (Dettmers et al. 2023)
 ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
 SHARDS_WEIGHTS, SHARDS_STATES = ("zero3", "fsdp2"), ("zero2", "zero3", "fsdp2")
-HEADS = {"pretrain": "causal", "sft": "tiles", "reward": "score"}  # see `step_memory`
+HEADS = {"pretrain": "causal", "sft": "tiles", "reward": "score"}  # see `Step`
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Setting:
 
     @property
     def precision(self) -> str:
-        """How a step computes (see `step_memory`)."""
+        """How a step computes (see `activations.Step`)."""
         return "fp32" if not self.device.bf16 else "bf16" if self.weight_shards > 1 else "autocast"
 
 
@@ -71,14 +72,14 @@ def trainer_memory(name: str, recipe: Any, model: Model, data: Data, setting: Se
         parts["gathered layer"] = 2 * FP32 * model.size.largest_layer
     fixed = sum(parts.values())
     examples = min(recipe.examples_per_device, max(1, recipe.examples_per_step // setting.gpus))
-    activations = step_memory(
-        model.config,
-        max(1, round(examples * data.responses)) if name == "reward" else examples,
-        recipe.block_tokens if name == "pretrain" else recipe.max_tokens,
+    step = Step(
+        rows=max(1, round(examples * data.responses)) if name == "reward" else examples,
+        length=recipe.block_tokens if name == "pretrain" else recipe.max_tokens,
         head=HEADS[name],
         precision=setting.precision,
         checkpointing=recipe.gradient_checkpointing,
     )
+    activations = step_memory(model.config, step)
     parts["activations"] = activations
     return Memory(parts, int(max(0.0, setting.room - fixed) // max(activations / examples, 1.0)))
 
@@ -150,12 +151,8 @@ def _ppo_states(recipe: Any, models: PPOModels, setting: Setting) -> dict[str, f
 
 def _update_activations(recipe: Any, models: PPOModels, setting: Setting, rows: int, length: int) -> int:
     """The larger of a policy's and a value network's pass, which follow each other."""
-    response, precision = recipe.max_response_tokens, setting.precision
-    policy = step_memory(
-        models.policy.config, rows, length, head="response", response=response, precision=precision, logits_bytes=LOGITS_BYTES
-    )  # fmt: skip
+    step = Step(rows, length, "response", recipe.max_response_tokens, setting.precision, logits_bytes=LOGITS_BYTES)
+    policy = step_memory(models.policy.config, step)
     if recipe.roles == "shared_trunk":
         return policy
-    return max(
-        policy, step_memory(models.value.config, rows, length, head="value", response=response, precision=precision)
-    )
+    return max(policy, step_memory(models.value.config, dataclasses.replace(step, head="value", logits_bytes=None)))

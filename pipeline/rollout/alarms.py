@@ -14,7 +14,7 @@ logger = logging.getLogger("pipeline.ppo")
 PAGE = "docs/ppo-troubleshooting.md"
 FIRST_RATIO = {"fp32": 1e-3, "bf16": 0.1}  # log-ratio in a rollout's first minibatch, before any step
 DRIFT = {"fp32": 1e-2, "bf16": 0.1}  # nats per token between sampling and training
-EXPLAINED_VARIANCE, VALUE_GRADIENT = -1.0, 100.0  # with the third rollout; times max_grad_norm
+EXPLAINED_VARIANCE, VALUE_GRADIENT = -1.0, 100.0  # a share of the variance; a multiple of max_grad_norm
 SETTLED = 3  # rollouts after which the value model should have found the level of the returns
 UNFINISHED = 0.5
 
@@ -60,7 +60,7 @@ def _broken(metrics: dict[str, float], rollout: int, max_grad_norm: float, preci
 
 
 def warn_of_missing_eos_score(samples: Sequence[Sample], args: Any) -> None:
-    """Before anything is trained: a score for unfinished responses that lies above many finished ones rewards not ending."""
+    """Warn before training if unfinished responses score above many finished ones: the policy would learn not to end."""
     finished = [sample.score for sample in samples if sample.finished]
     if args.missing_eos != "replace" or not finished:
         return

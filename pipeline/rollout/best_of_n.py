@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def kl_bound(n: int) -> float:
-    """Nats per response by which best-of-n may differ from the sampling model."""
+    """Upper bound of the KL of best-of-n from the sampling model, nats per response: log n - (n - 1) / n."""
     return math.log(n) - (n - 1) / n
 
 

@@ -25,7 +25,7 @@ MEASURED_TOKENS = 4  # times micro_batch_tokens fit into a forward pass without 
 
 @dataclass(frozen=True)
 class Collector:
-    """Everything that answers prompts and says what the answers are worth.
+    """Answers prompts, scores the answers, and computes their log-probabilities and values.
 
     args: the recipe's lengths, positions and rules for scores. stop_ids: tokens that end a response.
     """
@@ -48,11 +48,11 @@ class Collector:
         Args:
             seed: with a prompt's position it determines the sample, whatever the number of processes.
             network: "policy" or "reference".
-            values: measure values too.
+            values: compute values too.
         """
-        mine = self.processes.share(range(len(prompts)))
-        responses = self._responses(prompts, mine, seed, network)
-        samples = self.processes.gather(lambda: self._samples(prompts, mine, responses, values))
+        own_rows = self.processes.share(range(len(prompts)))
+        responses = self._responses(prompts, own_rows, seed, network)
+        samples = self.processes.gather(lambda: self._samples(prompts, own_rows, responses, values))
         return sorted(samples, key=lambda sample: sample.prompt)
 
     def _responses(
@@ -70,16 +70,20 @@ class Collector:
     ) -> list[Sample]:
         if not rows:
             return []
-        asked = [prompts[i] for i in rows]
+        own_prompts = [prompts[i] for i in rows]
         ids = [response.ids for response in responses]
         answers = Answers(
-            [p.messages for p in asked], [p.ids for p in asked], ids, self.encoder.texts(ids), [p.row for p in asked]
+            [p.messages for p in own_prompts],
+            [p.ids for p in own_prompts],
+            ids,
+            self.encoder.texts(ids),
+            [p.row for p in own_prompts],
         )
         scored = self.scorer(answers)
         samples: list[Sample] = []
-        lengths = [len(prompt.ids) + len(response) for prompt, response in zip(asked, ids, strict=True)]
+        lengths = [len(prompt.ids) + len(response) for prompt, response in zip(own_prompts, ids, strict=True)]
         for group in microbatches(lengths, list(range(len(rows))), MEASURED_TOKENS * self.args.micro_batch_tokens):
-            batch = self.batch([asked[k].ids for k in group], [ids[k] for k in group])
+            batch = self.batch([own_prompts[k].ids for k in group], [ids[k] for k in group])
             measured = self.networks.measure(batch, with_values=values)
             counts = [len(ids[k]) for k in group]
             logprobs, ref_logprobs = (_split(x, counts) for x in (measured.logprobs, measured.ref_logprobs))
@@ -88,7 +92,7 @@ class Collector:
             samples += [
                 Sample(
                     prompt=rows[k],
-                    prompt_ids=asked[k].ids,
+                    prompt_ids=own_prompts[k].ids,
                     ids=ids[k],
                     finished=ids[k][-1] in self.stop_ids,
                     score=scored.scores[k].item(),

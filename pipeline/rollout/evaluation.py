@@ -80,7 +80,7 @@ class HeldOutEvaluation:
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Of the mean of `values` (n,); 0 for one value."""
+    """Standard error of the mean of `values` (n,); 0 for one value."""
     return (values.double().std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
 
 

@@ -53,11 +53,11 @@ def prepare_prompts(
     held_out_records: list[tuple[Source, Record]] = [(s, r) for s in eval_sources for r in s.records]
     dropped = 0
     for source in sources:
-        kept, held_out = (
+        training, held_out = (
             split_records(source.records, args.held_out_fraction) if not eval_sources else (list(source.records), [])
         )
         held_out_records += [(source, record) for record in held_out]
-        prompts = [_encode(record, source, encoder, args) for record in kept]
+        prompts = [_encode(record, source, encoder, args) for record in training]
         train.append([prompt for prompt in prompts if prompt is not None])
         dropped += len(prompts) - len(train[-1])
     location = {id(record): source for source, record in held_out_records}

@@ -15,12 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """One response, and what the reward and the networks say of it; tensors on the CPU, one entry per response token.
+    """One response with its score, log-probabilities and values; tensors on the CPU, one entry per response token.
 
-    prompt: the prompt's position among those that were asked. ids: through the stop token where one was sampled.
+    prompt: the prompt's position in its batch. ids: through the stop token where one was sampled.
     score: the weighted sum of its parts, before the missing-EOS rule.
-    values: one entry more where the score stands after the response; None where they were not asked for.
-    sampled_logprobs: what the engine says of the tokens that it sampled.
+    values: one entry more where the score stands after the response; None where they were not computed.
+    sampled_logprobs: log-probabilities of the tokens when the engine sampled them.
     """
 
     prompt: int

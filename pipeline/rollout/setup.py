@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.build_networks import NetworkInputs, build_networks, refuse_other_base
 from pipeline.models.precision import device_plan
-from pipeline.models.tokenizers import load_tokenizer, require_pad, set_stop_tokens, stop_token_ids
+from pipeline.models.tokenizers import assign_template, load_tokenizer, require_pad, set_stop_tokens, stop_token_ids
 from pipeline.models.trials import isolates_packed_documents
 from pipeline.rollout.collect import Collector
 from pipeline.rollout.engine import LocalEngine, SamplingSettings
@@ -33,6 +34,8 @@ from pipeline.training.run import Run
 import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
+
+logger = logging.getLogger("pipeline.ppo")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,13 @@ def open_inputs(run: Run[Any]) -> PPOInputs:
     ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root)
     tokenizer = load_tokenizer(parent.path)
     parent.check_tokenizer(tokenizer)
+    has_template = tokenizer.chat_template or args.chat_template is not None  # else refused below
+    if has_template and (note := assign_template(tokenizer, None, args.chat_template, args.output_dir)):
+        logger.warning("ppo: %s", note)
     require_pad(tokenizer, args.parent)
     encoder = ChatEncoder(tokenizer)
+    for note in encoder.notes:
+        logger.warning("ppo: %s", note)
     judges = judge_labels(args.judges)
     _check_best_metric(args, list(judges))
     if args.roles == "adapters":

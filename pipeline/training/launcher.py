@@ -53,11 +53,13 @@ def accelerate_config(path: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is none.
     """
+    if not os.path.isfile(path):
+        raise UserError("cannot be read as an accelerate config (no such file)", file=path)
     try:
         with open(path, encoding="utf-8") as file:
             config = yaml.safe_load(file)
         int(config["num_processes"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"cannot be read as an accelerate config ({error!r})", file=path) from error
     return dict(config)
 

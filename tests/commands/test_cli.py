@@ -68,6 +68,21 @@ def test_a_stage_gets_each_flag_once() -> None:
     assert words[words.index("--output_dir") + 1] == "/b/reward-seed-1"
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, err = rlhf_here("compare", "~/none", "other", code=2)
+    assert f"{tmp_path}/none: is no folder of a run" in err
+    _, err = rlhf_here("check", tmp_path, "--data-root=~/data", code=2)
+    assert "holds none of" in err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -m pipeline.cli compare /none /none2 2>&1 | true; {sys.executable} -m pipeline.cli --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.stdout.startswith("usage: rlhf")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_run_is_not_compared_with_itself(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     _, err = rlhf_here("compare", tmp_path, tmp_path / "link", code=2)

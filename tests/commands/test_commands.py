@@ -107,7 +107,7 @@ def test_an_interrupted_run_resumes(run: Path, recipe: Path, tmp_path: Path) -> 
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "run the same command again to resume" in out
+    assert f"run the same command again to resume: rlhf run {recipe} --output-dir {tmp_path} --to sft\n" in out
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     rlhf("run", recipe, "--output-dir", tmp_path, "--to", "sft")
     assert lineage(tmp_path / "sft")["weights_sha256"] == lineage(run / "sft")["weights_sha256"]

@@ -9,7 +9,7 @@ from typing import Any
 from helpers.launches import ROOT, rlhf_here, tiny_flags
 from pipeline import pretrain, reward, sft
 from pipeline.config.stages import STAGES
-from pipeline.planning.activations import by_part, fake_step, step_memory
+from pipeline.planning.activations import Step, by_part, fake_step, step_memory
 from pipeline.planning.attention import cache_bytes
 from pipeline.planning.parameters import lora_parameters, parameters, with_layers
 from pipeline.training.stage import launch
@@ -92,17 +92,17 @@ def test_parameters_by_hand() -> None:
 def test_layers_are_counted_on_from_few(config: Any, head: str) -> None:
     """Eight layers extended from four and six are eight layers stepped through."""
     options: dict[str, Any] = {"response": 8} if head in ("value", "response") else {}
-    found = step_memory(with_layers(config, 8), 4, 32, head=head, **options)
-    whole = fake_step(with_layers(config, 8), 4, 32, head, options.get("response"))
+    found = step_memory(with_layers(config, 8), Step(4, 32, head=head, **options))
+    whole = fake_step(with_layers(config, 8), Step(4, 32, head=head, **options))
     assert found == pytest.approx(whole, rel=0.05)
 
 
 def test_checkpointing_and_smaller_batches_need_less() -> None:
-    plain = step_memory(TINY, 8, 64)
-    assert step_memory(TINY, 8, 64, checkpointing=True) < 0.7 * plain
-    assert step_memory(TINY, 4, 64) == pytest.approx(plain / 2, rel=0.05)
-    assert step_memory(TINY, 8, 64, precision="autocast") < plain
-    copies = step_memory(TINY, 1, 2, precision="autocast") - step_memory(TINY, 1, 2, precision="bf16")
+    plain = step_memory(TINY, Step(8, 64))
+    assert step_memory(TINY, Step(8, 64, checkpointing=True)) < 0.7 * plain
+    assert step_memory(TINY, Step(4, 64)) == pytest.approx(plain / 2, rel=0.05)
+    assert step_memory(TINY, Step(8, 64, precision="autocast")) < plain
+    copies = step_memory(TINY, Step(1, 2, precision="autocast")) - step_memory(TINY, Step(1, 2, precision="bf16"))
     assert copies > parameters(TINY).linear, "autocast holds a bf16 copy of every weight"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from pipeline.planning.activations import Step, step_memory
 from pipeline.planning.attention import attention_flops
 from pipeline.planning.devices import Device
 from pipeline.planning.memory import Setting, ppo_memory
@@ -96,3 +97,11 @@ def test_data_parallel_ppo_exchanges_its_gradients() -> None:
         == two.parts["gradients"]
         == 4 * (model(LLAMA).size.total + model(LLAMA, True).size.total)
     )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+def test_a_step_of_a_mixture_of_experts_has_a_size(precision: str) -> None:
+    config = MixtralConfig(**SHAPE, num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2)
+    small, large = (step_memory(config, Step(rows, 16, precision=precision)) for rows in (2, 8))
+    assert 0 < small < large

@@ -113,6 +113,7 @@ HYBRIDS: dict[str, tuple[dict[str, Any], type]] = {
     "Qwen3_5TextConfig": (LINEAR, WholeBatchDecoder),
     "Lfm2Config": ({"layer_types": ["conv", "full_attention"]}, WholeBatchDecoder),
     "MistralConfig": ({"sliding_window": 4}, CachedDecoder),
+    "GPT2Config": ({}, CachedDecoder),  # absolute positions: they must not count the padding
     "MambaConfig": ({"state_size": 8}, UncachedDecoder),
 }
 

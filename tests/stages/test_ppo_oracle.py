@@ -16,7 +16,7 @@ from pipeline.data.entries import DatasetEntry
 from pipeline.models.networks import Networks, PolicyLoss, ValueLoss
 from pipeline.ppo import Learner
 from pipeline.rollout.collect import trained_scores
-from pipeline.rollout.rollout import Rollout, Sample, build_rollout, whiten_advantages
+from pipeline.rollout.rollout import Rollout, Sample, build_rollout, rollout_metrics, whiten_advantages
 from pipeline.training.ppo_state import PPOState
 from pipeline.training.processes import Processes
 
@@ -241,16 +241,29 @@ def test_the_update_is_the_oracles(options: dict[str, Any], seed: int) -> None:
 
 def test_uneven_micro_batches_give_the_same_gradient() -> None:
     """One minibatch whole, and as micro-batches of one to a few sequences: a mean over tokens, not a mean of means."""
-    gradients = []
+    gradients, metrics = [], []
     for tokens in (1, 9, 12, 10_000):
         args = arguments(micro_batch_tokens=tokens)
         data = world(3, width=6)
         learner, networks = learner_of(args, data)
-        learner.accumulate_gradients(rollout_of(args, data)[0])
+        metrics.append(learner.accumulate_gradients(rollout_of(args, data)[0]))
         gradients.append((networks.logprobs.grad.clone(), networks.values.grad.clone()))
     for policy, value in gradients[1:]:
         torch.testing.assert_close(policy, gradients[0][0], rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(value, gradients[0][1], rtol=1e-12, atol=1e-14)
+    for part in metrics[1:]:
+        assert part == pytest.approx(metrics[0], rel=1e-9, abs=1e-12)
+
+
+def test_metrics_of_a_rollout_are_sums_over_each_response() -> None:
+    """`kl` and `reward`: summed over a response's tokens, then a mean over responses."""
+    args, data = arguments(score_position="after"), world(5, width=6)
+    metrics = rollout_metrics(rollout_of(args, data)[0])
+    kls = [(data["old"][i, :n] - data["ref"][i, :n]).sum() for i, n in enumerate(data["lengths"])]
+    assert metrics["kl"] == pytest.approx(np.mean(kls), rel=1e-9)
+    scores = np.where(data["stopped"], data["scores"], args.missing_eos_score)
+    assert metrics["reward"] == pytest.approx(np.mean(scores - args.kl_coef * np.array(kls)), rel=1e-9)
+    assert metrics["response_tokens"] == pytest.approx(np.mean(data["lengths"]))
 
 
 def test_selecting_sequences_keeps_their_own_tokens() -> None:
