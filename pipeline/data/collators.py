@@ -22,10 +22,12 @@ def right_pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 class BlockCollator:
     """Packed rows: input_ids, position_ids, labels, each (rows, longest), and no attention mask.
 
+    Where each row holds one document, an attention mask takes the place of the positions.
+
     Padding stands last, counts its own positions from 0 (so it is a document of its own) and has no label.
 
     Args:
-        position_ids: False where each row holds one document: a model counts its positions itself.
+        position_ids: False where each row holds one document.
     """
 
     pad_id: int
@@ -34,9 +36,10 @@ class BlockCollator:
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         input_ids = right_pad([row["input_ids"] for row in rows], self.pad_id)
         labels = right_pad([row["labels"] for row in rows], IGNORE)
-        if not self.position_ids:
-            return {"input_ids": input_ids, "labels": labels}
         longest = input_ids.shape[1]
+        if not self.position_ids:  # TRL's SFTTrainer (1.16) refuses a batch with neither positions nor a mask
+            mask = right_pad([[1] * len(row["input_ids"]) for row in rows], 0)
+            return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         positions = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
         return {"input_ids": input_ids, "position_ids": torch.tensor(positions), "labels": labels}
 

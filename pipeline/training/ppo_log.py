@@ -10,11 +10,11 @@ from typing import Any
 from pipeline.errors import shorten
 from pipeline.training import history
 from pipeline.training.json_files import write_json
+from pipeline.training.progress import Progress
 from pipeline.training.run import Run
 from pipeline.training.trackers import PROJECT, log_samples
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 logger = logging.getLogger("pipeline.ppo")
 SHOWN_METRICS = ("score", "kl", "response_tokens", "episodes_per_second", "eval_score", "eval_kl")
@@ -43,10 +43,10 @@ class PPOLog:
                 init_kwargs={"wandb": {"name": name}, "trackio": {"name": name, "resume": "allow"}},
             )
 
-    def progress(self, done: int) -> Any:
+    def progress(self, done: int) -> Progress:
         """A context manager with `update()`, called once per rollout."""
         total = self.run.args.total_rollouts
-        return tqdm(total=total, initial=done, desc="ppo", unit="rollout", disable=not self.run.show_progress)
+        return Progress(total, "ppo", self.run, done=done, unit="rollout")
 
     def write(self, rollout: int, metrics: Mapping[str, float]) -> None:
         """One line of history.jsonl, and the same to the log and the trackers."""

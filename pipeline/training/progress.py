@@ -51,6 +51,12 @@ class Progress:
     def close(self) -> None:
         self._bar.close()
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
 
 def duration(seconds: float) -> str:
     """A length of time in the two units that matter: `2 h 5 min`, `3 min 20 s`, `12 s`."""

@@ -140,3 +140,31 @@ def test_lineages_with_the_former_hash_still_verify(tokenizer: Any, tmp_path: Pa
     other.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(UserError, match="its tokenizer changed after the stage finished"):
         parent.check_tokenizer(other)
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def test_other_scores_of_the_same_weights_are_another_run(tmp_path: Path, tokenizer: Any) -> None:
+    """Another `center_on` moves the offset in config.json alone: PPO on it is another run, not one that is complete."""
+    from helpers.runs import make_run
+    from pipeline.config.rewards import RewardSource
+    from pipeline.rollout.rewards import identity
+    from pipeline.training.output_folder import StageOutput
+
+    reward = make_run(tmp_path / "run", tokenizer) / "reward"
+    recipe = {"reward": [{"model": str(reward), "function": None, "weight": 1.0}]}
+    sources = [RewardSource(model=str(reward), function=None, weight=1.0)]
+    change(reward / LINEAGE, config_sha256=None)
+
+    def ppo() -> StageOutput:
+        return StageOutput(tmp_path / "ppo", "ppo", recipe, {"reward": identity(sources)})
+
+    (tmp_path / "ppo").mkdir()
+    save_file({"w": torch.zeros(2)}, tmp_path / "ppo" / "model.safetensors")
+    (tmp_path / "ppo" / "config.json").write_text("{}")
+    ppo().finish({"parents": [], "datasets": []}, {})
+    assert ppo().finished()
+    change(reward / "config.json", score_offset=5.0)
+    with pytest.raises(UserError, match="with other reward model 0 config_sha256; nothing was overwritten"):
+        ppo().finished()
