@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipeline.data.records import current_row
 from pipeline.errors import UserError, shorten
 
 from jinja2.exceptions import TemplateError
@@ -131,8 +132,9 @@ class ChatTemplate:
             if not self._said_merge:
                 self._said_merge = True
                 logger.warning(
-                    "the chat template of %r has no system role; system messages are put before the first user turn",
+                    "the chat template of %r has no system role; system messages are put before the first user turn%s",
                     self.name,
+                    f" (first in {row})" if (row := current_row.get()) else "",
                 )
         for message in adapted:
             message["content"] = self.strip(message["role"], message["content"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import datetime
+import logging
 from pathlib import Path
 from typing import Any
 
 from helpers.chat_templates import FAMILIES, spaced_tokenizer, with_family
 from pipeline.data.chat_template import CHATML_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate, TemplateRefusal, freeze_date
 from pipeline.data.encoding import IGNORE, ChatEncoder
+from pipeline.data.records import at_row
 from pipeline.errors import UserError
 from pipeline.models.tokenizers import assign_template
 
@@ -201,6 +203,22 @@ def test_a_role_that_the_template_does_not_know_is_refused(tokenizer: Any) -> No
         gemma.prompt_ids([user("x"), user("y")])
     with pytest.raises(TemplateRefusal, match="no system role"):
         gemma.prompt_ids([{"role": "system", "content": "x"}])
+
+
+def test_a_system_message_without_a_role_joins_the_first_user_turn_and_the_first_row_is_named_once(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = ChatEncoder(with_family(tokenizer, "gemma"))
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        for line in (42, 43):
+            with at_row({"file": "d.jsonl", "line": line}):
+                ids = encoder.prompt_ids([{"role": "system", "content": "Be kind."}, user("Hello")])
+    assert ids == encoder.prompt_ids([user("Be kind.\n\nHello")])
+    assert (
+        caplog.text.count("no system role; system messages are put before the first user turn (first in d.jsonl:42)")
+        == 1
+    )
+    assert "d.jsonl:43" not in caplog.text
 
 
 @pytest.mark.parametrize("given", ["plain", "chatml", "file", "text"])
