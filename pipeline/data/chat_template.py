@@ -75,7 +75,9 @@ def freeze_date(template: str, date: datetime.date) -> str:
     """The template with its own `strftime_now`, which knows one day alone."""
     formats = sorted({text for _, text in re.findall(r"""(['"])([^'"]*%[^'"]*)\1""", template)})
     known = ", ".join(f"{form!r}: {date.strftime(form)!r}" for form in formats)
-    return FROZEN + "{{ {" + known + "}[format] }}{%- endmacro %}{{ '' }}" + template
+    unknown = "raise_exception('a date in a format that the template does not spell out cannot be frozen')"
+    day = "{% set day = {" + known + "} %}{{ day[format] if format in day else " + unknown + " }}"
+    return FROZEN + day + "{%- endmacro %}{{ '' }}" + template
 
 
 FROZEN = "{% macro strftime_now(format) -%}"

@@ -13,7 +13,7 @@ from pipeline.data.chat_template import CHATML_TEMPLATE, PLAIN_TEMPLATE, ChatTem
 from pipeline.data.encoding import IGNORE, ChatEncoder
 from pipeline.data.records import at_row
 from pipeline.errors import UserError
-from pipeline.models.tokenizers import assign_template
+from pipeline.models.tokenizers import assign_template, template_identity
 
 import pytest
 import trl
@@ -159,6 +159,19 @@ def test_a_frozen_date_reaches_a_template_that_names_its_format_elsewhere(tokeni
     template = "{% set f = '%Y' %}{% if strftime_now is defined %}{{ strftime_now(f) }}{% endif %}\n" + PLAIN_TEMPLATE
     changed.chat_template = freeze_date(template, datetime.date(2020, 1, 2))
     assert changed.apply_chat_template([user("Hi")], tokenize=False).startswith("2020")
+    changed.chat_template = freeze_date("{{ strftime_now('%' + 'Y') }}" + PLAIN_TEMPLATE, datetime.date(2020, 1, 2))
+    with pytest.raises(TemplateRefusal, match="a date in a format that the template does not spell out"):
+        ChatEncoder(changed)
+
+
+def test_what_a_file_holds_identifies_the_recipes_template(tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text(CHATML_TEMPLATE, encoding="utf-8")
+    before = template_identity(str(file))
+    file.write_text(CHATML_TEMPLATE + " ", encoding="utf-8")
+    assert template_identity(str(file)) != before
+    assert template_identity(None) is None
+    assert template_identity("chatml") == "chatml"
 
 
 @pytest.mark.parametrize(
