@@ -31,7 +31,7 @@ from pipeline.evaluation.reward_model import Truth, evaluate_reward_model
 from pipeline.models.loading import disable_noise, refuse_beyond_context
 from pipeline.models.lora import lora_config, save_merged
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, set_offset
-from pipeline.models.tokenizers import add_missing_rows, assign_pad, assign_template, load_tokenizer
+from pipeline.models.tokenizers import add_missing_rows, assign_pad, assign_template, load_tokenizer, template_identity
 from pipeline.rollout.score_scale import distinct_prompts, mean_demonstration_score, scale_to_unit_variance
 from pipeline.training.lineage import verify_parent
 from pipeline.training.run import Run
@@ -64,6 +64,7 @@ def main(run: Run[RewardArguments]) -> None:
     parent.check_tokenizer(tokenizer)
     run.output.inputs = {
         "parent": parent.as_inputs(tokenizer),
+        "chat_template": template_identity(args.chat_template),
         "data": fingerprint(sources),
         "center_on": fingerprint(demonstrations),
         "truth": source_sha256(truth) if truth else None,

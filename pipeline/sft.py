@@ -28,6 +28,7 @@ from pipeline.models.tokenizers import (
     load_tokenizer,
     set_stop_tokens,
     stop_token_ids,
+    template_identity,
 )
 from pipeline.models.trials import isolates_packed_documents
 from pipeline.rollout.greedy import GreedyScore
@@ -60,6 +61,7 @@ def main(run: Run[SFTArguments]) -> None:
     parent.check_tokenizer(tokenizer)
     run.output.inputs = {
         "parent": parent.as_inputs(tokenizer),
+        "chat_template": template_identity(args.chat_template),
         "data": fingerprint(sources),
         "score": identity(args.score),
     }

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipeline.data.records import current_row
 from pipeline.errors import UserError, shorten
 
 from jinja2.exceptions import TemplateError
@@ -74,7 +75,9 @@ def freeze_date(template: str, date: datetime.date) -> str:
     """The template with its own `strftime_now`, which knows one day alone."""
     formats = sorted({text for _, text in re.findall(r"""(['"])([^'"]*%[^'"]*)\1""", template)})
     known = ", ".join(f"{form!r}: {date.strftime(form)!r}" for form in formats)
-    return FROZEN + "{{ {" + known + "}[format] }}{%- endmacro %}{{ '' }}" + template
+    unknown = "raise_exception('a date in a format that the template does not spell out cannot be frozen')"
+    day = "{% set day = {" + known + "} %}{{ day[format] if format in day else " + unknown + " }}"
+    return FROZEN + day + "{%- endmacro %}{{ '' }}" + template
 
 
 FROZEN = "{% macro strftime_now(format) -%}"
@@ -131,8 +134,9 @@ class ChatTemplate:
             if not self._said_merge:
                 self._said_merge = True
                 logger.warning(
-                    "the chat template of %r has no system role; system messages are put before the first user turn",
+                    "the chat template of %r has no system role; system messages are put before the first user turn%s",
                     self.name,
+                    f" (first in {row})" if (row := current_row.get()) else "",
                 )
         for message in adapted:
             message["content"] = self.strip(message["role"], message["content"])

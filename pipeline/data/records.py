@@ -14,6 +14,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -188,13 +189,19 @@ def renaming(parse: Parser, columns: dict[str, str] | None) -> Parser:
     return lambda row: parse(rename_columns(row, columns))
 
 
+current_row: ContextVar[str | None] = ContextVar("current_row", default=None)  # "file:line", for what is said once
+
+
 @contextlib.contextmanager
 def at_row(record: Record) -> Iterator[None]:
     """Add a record's file and line to an error that its text meets further on (a template that refuses a role)."""
+    before = current_row.set(f"{record.get('file')}:{record.get('line')}" if record.get("file") else None)
     try:
         yield
     except UserError as error:
         raise UserError(str(error), file=record.get("file"), line=record.get("line")) from error
+    finally:
+        current_row.reset(before)
 
 
 # ---------------------------------------------------------------------------------------------- parsers, one per kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from pipeline.data.chat_template import ROLE_TEMPLATE, ROLE_TOKENS
@@ -9,6 +10,9 @@ from pipeline.data.chat_template import ROLE_TEMPLATE, ROLE_TOKENS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+# A run without white space is one word to BPE, whose training takes a pass over it for every merge; a file without any
+# space would take hours. Longer runs are broken here, for training only.
+LONG_RUN = re.compile(r"\S{1000}")
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -24,7 +28,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((LONG_RUN.sub(r"\g<0>\n", text) for text in texts), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=EOS,

@@ -198,6 +198,19 @@ def _named_template(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel |
         if model is not None:
             fit_embeddings(model, len(tokenizer))
         return CHATML_TEMPLATE
+    return _read_template(name)
+
+
+def template_identity(chat_template: str | None) -> str | None:
+    """What identifies the recipe's `chat_template`: the text, where it names a file.
+
+    Raises:
+        UserError: it names no file and is no template.
+    """
+    return chat_template if chat_template in (None, "plain", "chatml") else _read_template(str(chat_template))
+
+
+def _read_template(name: str) -> str:
     if "{" in name or "\n" in name:
         return name
     path = Path(name)
@@ -218,8 +231,12 @@ def _date_of(folder: str | os.PathLike[str] | None) -> datetime.date:
         return today
     path = Path(folder) / "template_date.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
-        file.write(today.isoformat() + "\n")
+    if not path.is_file():  # the first process writes it, whole, and all read it
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(today.isoformat() + "\n", encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+        temporary.unlink()
     try:
         return datetime.date.fromisoformat(path.read_text(encoding="utf-8").strip())
     except ValueError as error:

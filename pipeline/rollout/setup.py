@@ -19,7 +19,14 @@ from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.build_networks import NetworkInputs, build_networks, refuse_other_base
 from pipeline.models.precision import device_plan
-from pipeline.models.tokenizers import assign_template, load_tokenizer, require_pad, set_stop_tokens, stop_token_ids
+from pipeline.models.tokenizers import (
+    assign_template,
+    load_tokenizer,
+    require_pad,
+    set_stop_tokens,
+    stop_token_ids,
+    template_identity,
+)
 from pipeline.models.trials import isolates_packed_documents
 from pipeline.rollout.collect import Collector
 from pipeline.rollout.engine import LocalEngine, SamplingSettings
@@ -83,6 +90,7 @@ def open_inputs(run: Run[Any]) -> PPOInputs:
             refuse_other_base(reward.path, read_lineage(Path(reward.path)) or {}, parent.weights_sha256, parent.path)
     run.output.inputs = {
         "parent": parent.as_inputs(tokenizer),
+        "chat_template": template_identity(args.chat_template),
         "reward": identity(args.reward),
         "judges": [source_sha256(import_function(name)) for name in judges.values()],
         "data": fingerprint([*sources, *eval_sources, *ptx_sources]),

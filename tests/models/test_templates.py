@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import datetime
+import logging
 from pathlib import Path
 from typing import Any
 
 from helpers.chat_templates import FAMILIES, spaced_tokenizer, with_family
 from pipeline.data.chat_template import CHATML_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate, TemplateRefusal, freeze_date
 from pipeline.data.encoding import IGNORE, ChatEncoder
+from pipeline.data.records import at_row
 from pipeline.errors import UserError
-from pipeline.models.tokenizers import assign_template
+from pipeline.models.tokenizers import assign_template, template_identity
 
 import pytest
 import trl
@@ -157,6 +159,19 @@ def test_a_frozen_date_reaches_a_template_that_names_its_format_elsewhere(tokeni
     template = "{% set f = '%Y' %}{% if strftime_now is defined %}{{ strftime_now(f) }}{% endif %}\n" + PLAIN_TEMPLATE
     changed.chat_template = freeze_date(template, datetime.date(2020, 1, 2))
     assert changed.apply_chat_template([user("Hi")], tokenize=False).startswith("2020")
+    changed.chat_template = freeze_date("{{ strftime_now('%' + 'Y') }}" + PLAIN_TEMPLATE, datetime.date(2020, 1, 2))
+    with pytest.raises(TemplateRefusal, match="a date in a format that the template does not spell out"):
+        ChatEncoder(changed)
+
+
+def test_what_a_file_holds_identifies_the_recipes_template(tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text(CHATML_TEMPLATE, encoding="utf-8")
+    before = template_identity(str(file))
+    file.write_text(CHATML_TEMPLATE + " ", encoding="utf-8")
+    assert template_identity(str(file)) != before
+    assert template_identity(None) is None
+    assert template_identity("chatml") == "chatml"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +216,22 @@ def test_a_role_that_the_template_does_not_know_is_refused(tokenizer: Any) -> No
         gemma.prompt_ids([user("x"), user("y")])
     with pytest.raises(TemplateRefusal, match="no system role"):
         gemma.prompt_ids([{"role": "system", "content": "x"}])
+
+
+def test_a_system_message_without_a_role_joins_the_first_user_turn_and_the_first_row_is_named_once(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = ChatEncoder(with_family(tokenizer, "gemma"))
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        for line in (42, 43):
+            with at_row({"file": "d.jsonl", "line": line}):
+                ids = encoder.prompt_ids([{"role": "system", "content": "Be kind."}, user("Hello")])
+    assert ids == encoder.prompt_ids([user("Be kind.\n\nHello")])
+    assert (
+        caplog.text.count("no system role; system messages are put before the first user turn (first in d.jsonl:42)")
+        == 1
+    )
+    assert "d.jsonl:43" not in caplog.text
 
 
 @pytest.mark.parametrize("given", ["plain", "chatml", "file", "text"])

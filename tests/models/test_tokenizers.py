@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import copy
+import random
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ from helpers.chat_templates import FAMILIES, with_family
 from helpers.launches import ROOT
 from pipeline.data.encoding import ChatEncoder
 from pipeline.errors import UserError
+from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import forbidden_token_ids, require_pad, set_stop_tokens, stop_token_ids
 
 import pytest
@@ -124,6 +127,15 @@ def test_pad_apart_from_eos_is_required(tokenizer: Any) -> None:
     changed.pad_token = changed.eos_token
     with pytest.raises(UserError, match="'here' has no pad token apart from EOS"):
         require_pad(changed, "here")
+
+
+def test_text_without_a_space_trains_a_tokenizer_in_seconds() -> None:
+    text = "".join(random.Random(0).choices("abcdefghij", k=500_000))
+    started = time.monotonic()
+    trained = train_tokenizer([text, "two words"], 400)
+    assert time.monotonic() - started < 60
+    assert len(trained) == 400
+    assert trained.decode(trained("two words")["input_ids"]) == "two words"
 
 
 def test_only_one_file_lists_stop_and_forbidden_ids() -> None:
