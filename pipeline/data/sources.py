@@ -203,7 +203,7 @@ def _load_hub(entry: DatasetEntry) -> Any:
             remedy = (
                 "; download its data files, or name a revision that holds Parquet (`revision: refs/convert/parquet`)"
             )
-        elif "column" in reason.lower() or "cast" in type(error).__name__.lower():
+        elif "cast" in reason.lower() or "column" in reason.lower():
             remedy = "; its files differ in their columns: name one configuration with `subset:`, or download the files"
         raise UserError(f"dataset {entry.hub!r} cannot be had from the Hub: {reason}{remedy}") from error
 

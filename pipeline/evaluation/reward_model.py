@@ -98,7 +98,7 @@ def response_lengths(row: Row) -> list[int]:
 
 
 def score_rankings(model: Any, pad_id: int, rows: Sequence[Row]) -> ScoredPairs:
-    """Score every response of encoded rankings (`reward.encode`) with a model."""
+    """Score every response of encoded rankings (`encode_rankings`) with a model."""
     flat = score_ids(model, [ids for row in rows for ids in row["ids"]], pad_id).tolist()
     scores, start = [], 0
     for row in rows:

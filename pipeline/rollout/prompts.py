@@ -53,10 +53,9 @@ def prepare_prompts(
     held_out_records: list[tuple[Source, Record]] = [(s, r) for s in eval_sources for r in s.records]
     dropped = 0
     for source in sources:
-        training, held_out = (
-            split_records(source.records, args.held_out_fraction) if not eval_sources else (list(source.records), [])
-        )
-        held_out_records += [(source, record) for record in held_out]
+        # A row whose own `split` holds it out is not trained on, wherever the held-out prompts come from.
+        training, held_out = split_records(source.records, 0.0 if eval_sources else args.held_out_fraction)
+        held_out_records += [(source, record) for record in held_out if not eval_sources]
         prompts = [_encode(record, source, encoder, args) for record in training]
         train.append([prompt for prompt in prompts if prompt is not None])
         dropped += len(prompts) - len(train[-1])

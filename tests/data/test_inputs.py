@@ -347,3 +347,29 @@ def test_a_plain_files_split_selects_its_rows(tmp_path: Path) -> None:
     assert len(read(tmp_path, rows, "prompt", split="test", max_rows=1)) == 1
     with pytest.raises(UserError, match=r"no row's own `split` is 'validation' \(rows name: train \(3\), test \(2\)\)"):
         read(tmp_path, rows, "prompt", split="validation")
+
+
+# ------------------------------------------------------------------------------------------------ the Hub
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"scripted.py": "import datasets", "train.jsonl": ""}, "scripts are no longer supported.*download its data files"),
+        ({"a.jsonl": '{"prompt": "p"}', "b.jsonl": '{"prompt": "p", "task": "x"}'}, "its files differ in their columns"),
+        ({"a.jsonl": "{broken"}, "JSON parse error"),
+        ({}, "doesn't contain any data files"),
+    ],
+)  # fmt: skip
+def test_a_hub_dataset_that_cannot_be_loaded_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], message: str
+) -> None:
+    """`load_dataset` takes a folder as it takes an id."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "scripted"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        read_source(DatasetEntry(hub=str(folder)), "demonstration", tmp_path)
+    assert len(str(caught.value).splitlines()) == 1

@@ -146,6 +146,29 @@ def test_a_turn_that_is_not_to_be_learnt_has_no_label(parent: Path, tmp_path: Pa
     assert "Go away." in tokenizer.decode(ids)
 
 
+def test_prompts_are_drawn_by_weight_and_held_out_ones_never(parent: Path, tmp_path: Path) -> None:
+    """Rows whose own `split` holds them out are not trained on, whether or not `eval_datasets` are given."""
+    from types import SimpleNamespace
+
+    from pipeline.data.encoding import ChatEncoder
+    from pipeline.data.entries import DatasetEntry
+    from pipeline.data.sources import read_sources
+    from pipeline.models.tokenizers import load_tokenizer
+    from pipeline.rollout.prompts import prepare_prompts
+
+    args = SimpleNamespace(held_out_fraction=0.0, max_prompt_tokens=64, long_prompts="error", seed=0)
+    rows = [{"prompt": f"Kettle {n}?", "split": "test" if n < 4 else "train"} for n in range(24)]
+    write(tmp_path / "a.jsonl", rows)
+    write(tmp_path / "b.jsonl", [{**row, "prompt": "Other " + str(row["prompt"])} for row in rows])
+    entries = [DatasetEntry(path="a.jsonl", weight=0.9), DatasetEntry(path="b.jsonl", weight=0.1)]
+    encoder = ChatEncoder(load_tokenizer(str(parent)))
+    sources = read_sources(entries, "prompt", str(tmp_path))
+    evaluated = read_sources([DatasetEntry(path="a.jsonl", split="test")], "prompt", str(tmp_path))
+    for eval_sources, held_out in (([], 8), (evaluated, 4)):
+        prompts = prepare_prompts(sources, eval_sources, encoder, args)
+        assert (len(prompts.train), len(prompts.epoch), len(prompts.held_out)) == (40, 200, held_out)
+
+
 def test_a_template_that_refuses_a_role_names_the_row(
     parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
