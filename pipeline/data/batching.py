@@ -1,4 +1,4 @@
-"""Which rows go together: seeded orders without end, and groups of rows of similar length."""
+"""Which rows go together: seeded orders of epochs, and groups of rows of similar length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rankings to pairs, and the rankings that cannot be trained on: found, counted, listed, never silent."""
+"""Rankings to pairs; rankings that cannot be trained on, which are counted and listed; who is held out."""
 
 from __future__ import annotations
 

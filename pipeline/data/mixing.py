@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from pipeline.errors import UserError
 
-LONGEST_EPOCH = 1000  # times the rows that there are; beyond it a weight is a slip of the pen
+LONGEST_EPOCH = 1000  # times the number of rows; a weight that needs more is taken for a mistake
 
 
 def all_weighted(weights: Sequence[float | None]) -> bool:

@@ -15,7 +15,7 @@ import evaluate
 
 
 class _Metric(evaluate.Metric):
-    """A metric that says of itself what its class says."""
+    """Base of the metrics: description and inputs come from the class."""
 
     inputs: ClassVar[dict[str, str]] = {}  # name to type
     citation = ""

@@ -112,7 +112,7 @@ def _load(auto: Any, path: str, quantization: str | None, *, new_head: bool = Fa
 
 
 def _check_weights(model: PreTrainedModel, path: str, report: dict[str, Any], new_head: bool) -> None:
-    """Weights that the folder lacks would be drawn at random in silence; only a new head may be."""
+    """Refuse a folder that lacks weights, which transformers would draw at random; only a new head may be missing."""
     body = str(model.base_model_prefix) + "."
     missing = sorted(
         name for name in report["missing_keys"] if not new_head or (name.startswith(body) and ".pooler." not in name)
@@ -223,7 +223,7 @@ def new_causal_lm(
 
 
 def refuse_beyond_context(config: Any, tokens: int, key: str) -> None:
-    """More tokens than the model has positions is an error, before training finds out."""
+    """Refuse more tokens than the model has positions."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if limit is not None and "roberta" in text.model_type:  # its positions count from behind the pad's

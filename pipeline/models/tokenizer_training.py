@@ -17,7 +17,7 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of `vocab_size`: EOS (also the start of a document, as in GPT-2), pad and one token a role."""
+    """A byte-level BPE of `vocab_size`: EOS (also the start of a document, as in GPT-2), pad and one token per role."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

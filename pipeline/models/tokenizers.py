@@ -92,7 +92,7 @@ def set_stop_tokens(model: PreTrainedModel, stop_ids: Sequence[int]) -> None:
 
 
 def require_pad(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Past SFT, pad must exist and differ from EOS: else stopping cannot be learnt, nor the score placed."""
+    """Require a pad token other than EOS; otherwise stopping cannot be learned, and the score is read at a wrong token."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(
             f"{path!r} has no pad token apart from EOS; run SFT (or reward) from it, which assigns one and saves it"

@@ -1,6 +1,7 @@
-"""What is relied on about a model is tried on that very model at a stage's start, and on a small copy of it.
+"""Trials at a stage's start: forward passes that show whether this model does what the fast paths rely on.
 
-The small copy has attention windows that are shorter than the sequences tried, which the model itself may not have.
+They run on the model itself and on a small copy. The copy's attention windows are shorter than the sequences tried, which
+the model's own may not be.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ QUANTISED_TOLERANCE = 2e-2  # a quantised base computes in bf16
 
 
 def enable_packed_attention(model: Any) -> bool:
-    """Let the model take packed sequences (`packed.pack`), if a test forward pass gives what padded sequences give.
+    """Enable packed attention (`packed.pack`) if a test forward pass gives the same states as padded sequences.
 
     Returns:
         whether it does; if not (its attention is its own, or it carries a state along the sequence), the model is left
@@ -104,7 +105,7 @@ def _close(one: Tensor, other: Tensor, model: Any) -> bool:
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode inside, the former mode afterwards: dropout would part any two passes."""
+    """Evaluation mode inside, the former mode afterwards: with dropout, two forward passes differ."""
     training = model.training
     model.eval()
     try:

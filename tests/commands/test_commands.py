@@ -162,7 +162,7 @@ def test_the_report_has_every_figure(report: dict[str, Any]) -> None:
 
 
 def test_win_rates_are_recounted(report: dict[str, Any]) -> None:
-    """The table's figure is what the samples' scores say."""
+    """The table's number is what the samples' scores say."""
     row = next(
         r for r in report["win_rates"] if (r["candidate"], r["baseline"], r["judge"]) == ("ppo", "sft", "rubric")
     )

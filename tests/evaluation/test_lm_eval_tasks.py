@@ -43,7 +43,7 @@ def test_every_stage_takes_local_tasks(chain: Path, tmp_path: Path) -> None:
     found = task_scores(chain, ["sft", "ppo"], ["capitals"], str(tmp_path), notes)
     assert not notes
     assert set(found["capitals"]) == {"sft", "ppo"}
-    assert all(0 <= figures["acc"] <= 1 and figures["acc_stderr"] > 0 for figures in found["capitals"].values())
+    assert all(0 <= values["acc"] <= 1 and values["acc_stderr"] > 0 for values in found["capitals"].values())
     with pytest.raises(UserError, match="lm-eval knows no 'nothing'"):
         task_scores(chain, ["sft"], ["nothing"], str(tmp_path), notes)
     data.unlink()

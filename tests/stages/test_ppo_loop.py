@@ -46,12 +46,12 @@ def test_step_counts(chain: Path, recipes: Path, tmp_path: Path, epochs: int, mi
 
 def test_micro_batches_do_not_change_the_update(chain: Path, recipes: Path, tmp_path: Path) -> None:
     """Gradients are sums over the minibatch's tokens, however it is cut."""
-    figures = []
+    metrics = []
     for tokens in (100, 100_000):
         rows, _ = run(chain, recipes, tmp_path / str(tokens), micro_batch_tokens=tokens, total_rollouts=1)
-        figures.append(rows[0])
+        metrics.append(rows[0])
     for name in ("policy_loss", "value_loss", "policy_grad_norm", "value_grad_norm", "entropy"):
-        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-3, abs=1e-5), name
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-3, abs=1e-5), name
 
 
 def test_rewards_may_be_functions_models_and_sums(chain: Path, recipes: Path, tmp_path: Path) -> None:

@@ -266,6 +266,16 @@ def test_metrics_of_a_rollout_are_sums_over_each_response() -> None:
     assert metrics["response_tokens"] == pytest.approx(np.mean(data["lengths"]))
 
 
+def test_the_largest_ratio_is_that_of_all_minibatches() -> None:
+    """One token far off in one minibatch of three must show: a mean over minibatches would hide it from the alarm."""
+    args, data = arguments(learning_rate=0.0, ppo_epochs=1), world(6, width=6)
+    learner, _ = learner_of(args, data)
+    metrics = learner.update(rollout_of(args, data)[0], {"kl": 1.0, "advantage_std": 1.0})
+    moved = [np.abs(data["new"][i, :n] - data["old"][i, :n]).max() for i, n in enumerate(data["lengths"])]
+    assert metrics["ratio_max_log"] == pytest.approx(max(moved), rel=1e-6)
+    assert metrics["ratio_first_minibatch"] <= metrics["ratio_max_log"]
+
+
 def test_selecting_sequences_keeps_their_own_tokens() -> None:
     args = arguments(score_position="after")
     data = world(4, width=6)

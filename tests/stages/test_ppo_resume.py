@@ -24,7 +24,7 @@ NOT_COMPARED = ("seconds", "episodes_per_second", "response_tokens_per_second")
 LONG = pytest.mark.full
 
 
-def figures(folder: Path) -> list[dict[str, Any]]:
+def compared_metrics(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)} for row in history.read(folder)]
 
 
@@ -61,8 +61,8 @@ def test_killed_and_resumed_equals_not_killed(tmp_path: Path, roles: str, proces
     assert two["flops"] == one["flops"]
     for part in ("value", "ema"):
         assert weights_sha256(runs[0] / "out" / part) == weights_sha256(runs[1] / "out" / part), part
-    expected = figures(runs[0] / "out")
-    assert figures(runs[1] / "out") == expected
+    expected = compared_metrics(runs[0] / "out")
+    assert compared_metrics(runs[1] / "out") == expected
     assert len({row["kl_coef"] for row in expected if "kl_coef" in row}) > 5, "the coefficient moved"
     samples = [sorted((run / "out" / "samples").iterdir()) for run in runs]
     assert [p.name for p in samples[0]] == [f"rollout-{i:06d}.json" for i in (0, 2, 4, 6, 8, 10)]
@@ -71,7 +71,7 @@ def test_killed_and_resumed_equals_not_killed(tmp_path: Path, roles: str, proces
 
 @pytest.mark.full
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Whitening, KL, its coefficient, scales and steps are global: figures agree to rounding, samples exactly at first."""
+    """Whitening, KL, its coefficient, scales and steps are global: metrics agree to rounding, samples exactly at first."""
     policy = make_policy(tmp_path / "sft", "abcdefgh")
     runs = {}
     for processes in (1, 2):
@@ -83,7 +83,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             **{**SETTINGS, "total_rollouts": 3, "micro_batch_tokens": 700},
         )
         launch("ppo", ["--config", str(run / "ppo.yaml")], processes)
-        runs[processes] = figures(run / "out")
+        runs[processes] = compared_metrics(run / "out")
         assert lineage(run / "out")["processes"] == processes
     for one, two in zip(runs[1], runs[2], strict=True):
         for name, value in one.items():

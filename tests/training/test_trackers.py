@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.training import trackers
+from pipeline.training import ppo_log, trackers
 
 import pytest
 
@@ -85,20 +85,20 @@ def test_ppo_leaves_tables_and_one_wandb_run(
 
     monkeypatch.setattr(wandb, "init", init)
     tables: list[int] = []
-    log = ppo.log_samples
-    monkeypatch.setattr(ppo, "log_samples", lambda t, s, step: (tables.append(step), log(t, s, step)))
+    log = ppo_log.log_samples
+    monkeypatch.setattr(ppo_log, "log_samples", lambda t, s, step: (tables.append(step), log(t, s, step)))
     flags = tiny_flags(
         "ppo", tmp_path, config=recipes / "ppo.yaml", report_to="wandb", parent=chain / "sft", reward=chain / "reward",
         total_rollouts=4, save_steps=2, logging_steps=1, eval_rollouts=2,
     )  # fmt: skip
-    save = ppo.Loop.save
+    save = ppo.save_checkpoint
 
-    def save_and_die(self: ppo.Loop) -> None:
-        save(self)
+    def save_and_die(*args: Any) -> None:
+        save(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo.Loop, "save", save_and_die)
+        patch.setattr(ppo, "save_checkpoint", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             launch("ppo", STAGES["ppo"], ppo.main, flags)
     wandb.finish()
