@@ -216,7 +216,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "seed"), itertools.product(OPTIONS, (0, 1)))
+@pytest.mark.parametrize(("options", "seed"), list(itertools.product(OPTIONS, (0, 1))))
 def test_the_update_is_the_oracles(options: dict[str, Any], seed: int) -> None:
     args = arguments(**options)
     data = world(seed, width=6)
