@@ -32,15 +32,15 @@ def store(out: Path, name: str, parameters: Any) -> None:
 def main(stage: str, out: Path, rollout_file: Path, flags: list[str]) -> None:
     module = importlib.import_module(f"pipeline.{stage}")
     if stage == "ppo":
-        collect, clip = module.Loop.collect, torch.nn.utils.clip_grad_norm_
+        collect, clip = module.collect_rollout, torch.nn.utils.clip_grad_norm_
         names = iter(("policy", "value"))
 
-        def stored(self: Any, *args: Any) -> Any:
+        def stored(*args: Any) -> Any:
             if rollout_file.is_file():
                 return pickle.loads(rollout_file.read_bytes())
-            found = collect(self, *args)
-            rollout_file.write_bytes(pickle.dumps(found))
-            return found
+            collected = collect(*args)
+            rollout_file.write_bytes(pickle.dumps(collected))
+            return collected
 
         def record(parameters: Any, *args: Any) -> Any:
             parameters = list(parameters)
@@ -51,7 +51,7 @@ def main(stage: str, out: Path, rollout_file: Path, flags: list[str]) -> None:
                 raise Done
             return clip(parameters, *args)
 
-        module.Loop.collect = stored
+        module.collect_rollout = stored
         torch.nn.utils.clip_grad_norm_ = record
     else:
 
