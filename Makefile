@@ -10,7 +10,7 @@ WORKERS ?= 2
 export WANDB_MODE ?= offline
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install demo test test-full check clean
+.PHONY: install demo test test-full test-gpu check clean
 
 install: $(INSTALLED)
 
@@ -29,6 +29,10 @@ test: $(INSTALLED)
 
 test-full: $(INSTALLED)
 	$(BIN)/python -m pytest -m full -n $(WORKERS) --dist worksteal
+
+# The last line is JSON: memory and tokens per second of each run. Without a GPU all are skipped, and it says so.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,13 +1,13 @@
-"""Episodes a second and peak memory of PPO, in alternation with a peer on the same folders, prompts and settings.
+"""Episodes per second and peak memory of PPO, in alternation with a peer on the same folders, prompts and settings.
 
     python scripts/benchmark_ppo.py --policy runs/demo/sft --reward runs/demo/reward \
         --prompts data_cards/demo_prompts/train.jsonl --roles separate --rounds 5 --peer 'python their_ppo.py --their flags'
 
 The peer is a command that takes --policy, --reward, --prompts, --rollouts, --prompts-per-rollout, --minibatches,
 --ppo-epochs, --max-response-tokens, --threads and --bf16, and prints one JSON line with episodes_per_second,
-generation_seconds, seconds, response_tokens_mean, import_rss_mb, peak_rss_mb. Each round runs both, the order turning
-about. Loading, evaluating and saving count on neither side; memory is the peak above that of the imports.
-The last line is JSON; ratios are ours over the peer's, memory_ratio too (below 1: we need less).
+import_rss_mb and peak_rss_mb. Each round runs both, in alternating order. Loading, evaluating and saving count on
+neither side; memory is the peak above that of the imports. The last line is JSON; ratios are ours over the peer's,
+memory_ratio too (below 1: ours needs less).
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def child(args: argparse.Namespace) -> None:
     """Our side of one round, in a process of its own."""
     import torch  # isort: skip
     from pipeline import ppo
-    from pipeline.config.stages import STAGES
+    from pipeline.config.ppo import PPOArguments
     from pipeline.training import history
+    from pipeline.training.run import Run
     from pipeline.training.stage import launch
 
     for late in ("datasets", "trl.trainer.utils"):  # the stage imports them when it needs them, the peer at its start
@@ -75,22 +76,21 @@ def child(args: argparse.Namespace) -> None:
         values["lora"] = {"r": 16, "alpha": 32}
     recipe.write_text(json.dumps(values))  # JSON is YAML
     peak: list[int] = []
-    evaluate = ppo.Loop.evaluate
 
-    def after_training(self: ppo.Loop, *rest: Any) -> Any:
-        peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-        return evaluate(self, *rest)
+    def stage(run: Run[PPOArguments]) -> None:
+        training = ppo.prepare(run, ppo.open_inputs(run))
+        ppo.train(training, run)
+        peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)  # before the final evaluation
+        ppo.finish(training, run)
 
-    ppo.Loop.evaluate = after_training  # type: ignore[method-assign]
-    launch("ppo", STAGES["ppo"], ppo.main, ["--config", str(recipe)])
+    launch("ppo", PPOArguments, stage, ["--config", str(recipe)])
     rows = [row for row in history.read(Path(args.child) / "out") if "seconds" in row]  # written by rank 0, read by all
     metrics = json.loads((Path(args.child) / "out" / "metrics.json").read_text(encoding="utf-8"))
     seconds = sum(row["seconds"] for row in rows)
-    figures = {
+    measured = {
         "episodes_per_second": round(args.rollouts * args.prompts_per_rollout / seconds, 3),
         "seconds": round(seconds, 2),
-        "generation_seconds": round(sum(row["seconds_generate"] for row in rows), 2),
-        "score_seconds": round(sum(row["seconds_score"] for row in rows), 2),
+        "collect_seconds": round(sum(row["seconds_collect"] for row in rows), 2),
         "update_seconds": round(sum(row["seconds_update"] for row in rows), 2),
         "response_tokens_mean": round(statistics.mean(row["response_tokens"] for row in rows), 1),
         "optimizer_steps": metrics["policy_steps"],
@@ -100,16 +100,17 @@ def child(args: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "dtype": args.precision,
     }
-    (Path(args.child) / f"figures-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(figures))
+    (Path(args.child) / f"measured-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(measured))
 
 
-def run(command: list[str]) -> dict[str, Any]:
+def output_of(command: list[str]) -> dict[str, Any]:
+    """The JSON in a command's last line."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir())
     try:
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        printed: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         raise SystemExit(f"{shlex.join(command)} gave no JSON line:\n{done.stdout}\n{done.stderr[-3000:]}") from None
-    return found
+    return printed
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
             command[1:1] = [*launcher, *config]
             environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(args.threads // args.processes)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        files = sorted(Path(folder).glob("figures-*.json"))
+        files = sorted(Path(folder).glob("measured-*.json"))
         if len(files) != args.processes:
             raise SystemExit(f"{shlex.join(command)} failed:\n{done.stdout}\n{done.stderr[-3000:]}")
         ranks = [json.loads(file.read_text()) for file in files]
@@ -142,12 +143,12 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
         "max_response_tokens", "threads",
     )  # fmt: skip
     flags = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    return run([*shlex.split(args.peer), *flags, *(["--bf16"] if args.peer_precision == "bf16" else [])])
+    return output_of([*shlex.split(args.peer), *flags, *(["--bf16"] if args.peer_precision == "bf16" else [])])
 
 
-def memory(figures: dict[str, Any]) -> int:
+def memory(measured: dict[str, Any]) -> int:
     """Peak above the imports, MB."""
-    return max(1, figures["peak_rss_mb"] - figures["import_rss_mb"])
+    return max(1, measured["peak_rss_mb"] - measured["import_rss_mb"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,36 +162,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number in range(args.rounds):
         if args.peer and number % 2:
             other = theirs(args)
-            mine = ours(args)
+            own = ours(args)
         else:
-            mine = ours(args)
+            own = ours(args)
             other = theirs(args) if args.peer else None
-        pairs.append((mine, other))
-        print(f"round {number + 1}: ours {json.dumps(mine)}")
+        pairs.append((own, other))
+        print(f"round {number + 1}: ours {json.dumps(own)}")
         if other:
-            ratio = mine["episodes_per_second"] / other["episodes_per_second"]
+            ratio = own["episodes_per_second"] / other["episodes_per_second"]
             print(f"round {number + 1}: peer {json.dumps(other)}\nround {number + 1}: ratio {ratio:.2f}", flush=True)
-    mine = [pair[0] for pair in pairs]
+    runs = [own for own, _ in pairs]
     summary: dict[str, Any] = {
         "roles": args.roles,
         "dtype": args.precision,
         "processes": args.processes,
-        "episodes_per_second": statistics.median(m["episodes_per_second"] for m in mine),
+        "episodes_per_second": statistics.median(run["episodes_per_second"] for run in runs),
         "phase_share": {
-            phase: round(sum(m[f"{phase}_seconds"] for m in mine) / sum(m["seconds"] for m in mine), 3)
-            for phase in ("generation", "score", "update")
+            phase: round(sum(run[f"{phase}_seconds"] for run in runs) / sum(run["seconds"] for run in runs), 3)
+            for phase in ("collect", "update")
         },
-        "memory_mb": statistics.median(memory(m) for m in mine),
+        "memory_mb": statistics.median(map(memory, runs)),
     }
     if args.peer:
-        raced = [(m, other) for m, other in pairs if other]
-        ratios = [m["episodes_per_second"] / other["episodes_per_second"] for m, other in raced]
+        raced = [(own, other) for own, other in pairs if other]
+        ratios = [own["episodes_per_second"] / other["episodes_per_second"] for own, other in raced]
         summary |= {
             "peer_dtype": args.peer_precision,
             "ratio_median": round(statistics.median(ratios), 2),
             "ratio_min": round(min(ratios), 2),
             "ratio_max": round(max(ratios), 2),
-            "memory_ratio": round(statistics.median(memory(m) / memory(other) for m, other in raced), 3),
+            "memory_ratio": round(statistics.median(memory(own) / memory(other) for own, other in raced), 3),
             "peer_episodes_per_second": statistics.median(other["episodes_per_second"] for _, other in raced),
         }
     print(json.dumps(summary))

@@ -1,9 +1,9 @@
-"""Comparisons a second of the reward stage on rankings, in alternation with TRL's RewardTrainer on the same pairs.
+"""Comparisons per second of the reward stage on rankings, in alternation with TRL's RewardTrainer on the same pairs.
 
     python scripts/benchmark_reward.py --parent runs/demo/sft --data data_cards/demo_comparisons/train.jsonl --rounds 5
 
 Both sides start from the same folder with the same head, read the same token ids, train one epoch with the same
-optimizer, learning rate and pairs a step, and are measured on the same held-out pairs by the same code. Ours scores each
+optimizer, learning rate and pairs per step, and are measured on the same held-out pairs by the same code. Ours scores each
 response of a ranking once; TRL's trainer knows pairs only, so each response goes through it once for each of its pairs.
 Only training is timed. The last line is JSON; ratios are ours over TRL's.
 """
@@ -110,11 +110,11 @@ def child(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    found = score_rankings(trainer.model.eval(), tokenizer.pad_token_id, test).accuracy()
+    accuracy = score_rankings(trainer.model.eval(), tokenizer.pad_token_id, test).accuracy()
     print(
         json.dumps(
             {"comparisons_per_second": pairs / seconds, "seconds": seconds, "pairs": pairs, "steps": trainer.state.global_step,
-             "accuracy": found.accuracy, "ci95": found.ci95, "held_out_pairs": found.pairs, "threads": torch.get_num_threads()}
+             "accuracy": accuracy.accuracy, "ci95": accuracy.ci95, "held_out_pairs": accuracy.pairs, "threads": torch.get_num_threads()}
         )
     )  # fmt: skip
 
@@ -151,10 +151,10 @@ def main() -> None:
                 "ratio_median": statistics.median(ratios),
                 "ratio_min": min(ratios),
                 "ratio_max": max(ratios),
-                "accuracy": {side: found[0]["accuracy"] for side, found in results.items()},
+                "accuracy": {side: rounds[0]["accuracy"] for side, rounds in results.items()},
                 "comparisons_per_second": {
-                    side: statistics.median(r["comparisons_per_second"] for r in found)
-                    for side, found in results.items()
+                    side: statistics.median(r["comparisons_per_second"] for r in rounds)
+                    for side, rounds in results.items()
                 },
                 "threads": args.threads,
             }

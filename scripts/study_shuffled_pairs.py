@@ -2,7 +2,7 @@
 
     python scripts/study_shuffled_pairs.py --parent runs/demo/sft --data data_cards/demo_comparisons/train.jsonl --rankings 700
 
-Both arms start from the same folder and head, see the same pairs as often, with as many pairs a step and a constant learning rate; after
+Both arms start from the same folder and head, see the same pairs as often, with as many pairs per step and a constant learning rate; after
 each epoch both are measured on the same held-out rankings. The last line is JSON.
 """
 
@@ -40,7 +40,7 @@ class Measure(TrainerCallback):
 
     def __init__(self, rows: list[dict[str, Any]], pad_id: int):
         self.rows, self.pad_id = rows, pad_id
-        self.found: list[dict[str, float]] = []
+        self.epochs: list[dict[str, float]] = []
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         model.eval()
@@ -48,7 +48,7 @@ class Measure(TrainerCallback):
         model.train()
         losses = np.logaddexp(0.0, -pairs.margin)
         means = np.bincount(pairs.ranking, weights=losses) / np.bincount(pairs.ranking)
-        self.found.append({"loss": float(means.mean()), "accuracy": pairs.accuracy().accuracy})
+        self.epochs.append({"loss": float(means.mean()), "accuracy": pairs.accuracy().accuracy})
 
 
 def main() -> None:
@@ -95,10 +95,10 @@ def main() -> None:
         for row in together
         for p in row["pairs"]
     ]
-    pairs_a_step = round(args.rankings_per_step * len(apart) / len(together))
+    pairs_per_step = round(args.rankings_per_step * len(apart) / len(together))
     results: dict[str, list[list[dict[str, float]]]] = {"together": [], "shuffled": []}
     for seed in range(args.seeds):
-        for arm, rows, batch in (("together", together, args.rankings_per_step), ("shuffled", apart, pairs_a_step)):
+        for arm, rows, batch in (("together", together, args.rankings_per_step), ("shuffled", apart, pairs_per_step)):
             mixed = list(rows)
             random.Random(seed).shuffle(mixed)
             set_seed(seed)
@@ -120,8 +120,8 @@ def main() -> None:
                 )  # fmt: skip
                 trainer.log = lambda *_: None
                 trainer.train()
-            results[arm].append(measure.found)
-            line = ", ".join(f"{m['loss']:.4f} ({m['accuracy']:.1%})" for m in measure.found)
+            results[arm].append(measure.epochs)
+            line = ", ".join(f"{m['loss']:.4f} ({m['accuracy']:.1%})" for m in measure.epochs)
             print(f"seed {seed} {arm}: held-out loss (accuracy) after each epoch: {line}", flush=True)
     print(
         json.dumps(

@@ -38,9 +38,9 @@ def main(stage: str, out: Path, rollout_file: Path, flags: list[str]) -> None:
         def stored(*args: Any) -> Any:
             if rollout_file.is_file():
                 return pickle.loads(rollout_file.read_bytes())
-            found = collect(*args)
-            rollout_file.write_bytes(pickle.dumps(found))
-            return found
+            collected = collect(*args)
+            rollout_file.write_bytes(pickle.dumps(collected))
+            return collected
 
         def record(parameters: Any, *args: Any) -> Any:
             parameters = list(parameters)

@@ -216,7 +216,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "seed"), itertools.product(OPTIONS, (0, 1)))
+@pytest.mark.parametrize(("options", "seed"), list(itertools.product(OPTIONS, (0, 1))))
 def test_the_update_is_the_oracles(options: dict[str, Any], seed: int) -> None:
     args = arguments(**options)
     data = world(seed, width=6)
@@ -237,6 +237,20 @@ def test_the_update_is_the_oracles(options: dict[str, Any], seed: int) -> None:
     assert np.abs(networks.logprobs.grad.numpy() - expected["policy_gradient"]).max() < 1e-6
     assert np.abs(networks.values.grad.numpy() - expected["value_gradient"]).max() < 1e-6
     assert np.abs(expected["policy_gradient"]).max() > 1e-3
+
+
+def test_an_update_takes_the_k2_loss_in_the_units_of_the_advantages() -> None:
+    """Whitening divides the advantages by their deviation, so an update divides the KL loss by it too."""
+    args, data = arguments(kl_estimator="k2", minibatches=1, ppo_epochs=1, max_grad_norm=1e9), world(6, width=6)
+    learner, networks = learner_of(args, data)
+    rollout, deviation = rollout_of(args, data)
+    gradients: list[np.ndarray] = []
+    learner.optimizers["policy"].register_step_pre_hook(
+        lambda *_: gradients.append(networks.logprobs.grad.numpy().copy())
+    )
+    learner.update(rollout, {"kl": 0.0, "advantage_std": deviation})
+    (gradient,) = gradients
+    assert np.abs(gradient - oracle(args, data, list(range(ROWS)))["policy_gradient"]).max() < 1e-6
 
 
 def test_uneven_micro_batches_give_the_same_gradient() -> None:
