@@ -70,7 +70,7 @@ class WrongColumnMap(RecordError):
 def column_names(names: Iterable[str], most: int = 20) -> str:
     """Names of columns for a message, on one line."""
     shown = [name if name.isprintable() and len(name) < 60 else shorten(name, 60) for name in sorted(map(str, names))]
-    return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
+    return (", ".join(shown[:most]) or "none") + (", …" if len(shown) > most else "")
 
 
 def _check_verdict(row: Row, columns: dict[str, str]) -> None:
@@ -247,6 +247,12 @@ def _with_system(row: Row) -> Row:
     if dialogue and isinstance(dialogue[0], dict) and "system" in (dialogue[0].get("role"), dialogue[0].get("from")):
         raise RecordError(f"a `system` column and a system message in `{column}`; keep one of them")
     return _replace(row, {column: [{"role": "system", "content": system}, *dialogue]}, ("system",))
+
+
+def joined_columns(row: Row, messages: list[dict[str, str]]) -> set[str]:
+    """Columns beside the prompt's own whose text became part of it."""
+    values = ((name, row[name]) for name in ("input", "context", "system") if isinstance(row.get(name), str))
+    return {name for name, text in values if text.strip() and any(text in m["content"] for m in messages[:2])}
 
 
 def _replace(row: Row, new: Row, old: tuple[str, ...]) -> Row:

@@ -27,6 +27,7 @@ from pipeline.data.layouts import (
     comparison_columns,
     demonstration_columns,
     expand_row,
+    joined_columns,
     prompt_columns,
     rename_columns,
 )
@@ -113,6 +114,7 @@ class RowReader:
         self.dropped: list[tuple[int, str]] = []
         self.unread: Counter[str] = Counter()
         self.unread_keys: Counter[str] = Counter()
+        self.joined: set[str] = set()
 
     def read(
         self, rows: Iterable[FileRow], columns: dict[str, str] | None = None, max_rows: int | None = None
@@ -143,7 +145,9 @@ class RowReader:
             if row.columns is None:
                 raise RecordError(row.error or "no row")
             for given in expand_row(row.columns):
-                yield self._record(rename_columns(given, columns), row.line)
+                record = self._record(rename_columns(given, columns), row.line)
+                self.joined |= joined_columns(given, record.get("messages") or record.get("prompt") or [])
+                yield record
         except RecordError as error:
             if isinstance(error, WrongColumnMap) or (isinstance(error, MissingColumn) and not self.rows):
                 raise UserError(str(error), file=self.source, line=row.line) from None
@@ -163,10 +167,13 @@ class RowReader:
     def _say_what_was_left(self) -> None:
         if self.dropped:
             reasons = Counter(reason for _, reason in self.dropped)
-            why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
-            more = "; …" if len(reasons) > 3 else ""
+            why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3)) + (
+                "; …" if len(reasons) > 3 else ""
+            )
             lines = ", ".join(str(line) for line, _ in self.dropped[:5]) + (", …" if len(self.dropped) > 5 else "")
-            logger.warning("%s: %d rows left out (%s%s; lines %s)", self.source, len(self.dropped), why, more, lines)
+            logger.warning("%s: %d rows left out (%s; lines %s)", self.source, len(self.dropped), why, lines)
+        if self.joined:
+            logger.info("%s: read as part of the prompt: columns %s", self.source, column_names(self.joined))
         if self.unread and self.name_unread:
             logger.warning("%s: columns that are not read: %s", self.source, column_names(self.unread))
         if self.unread_keys:
@@ -222,7 +229,7 @@ def parse_prompt(row: dict[str, Any]) -> Record:
     elif "chosen" in row and "rejected" in row:
         prompt = _hh_pair(row)[0]
     else:
-        raise RecordError(f"no column `prompt`; columns are: {_names(row)}")
+        raise RecordError(f"no column `prompt`; columns are: {column_names(row)}")
     if not prompt or prompt[-1]["role"] == "assistant":
         raise RecordError("the prompt must end with a user's turn")
     return {"prompt": prompt, **_optional(row)}
@@ -240,7 +247,9 @@ def parse_demonstration(row: dict[str, Any]) -> Record:
         return {"messages": messages, "trained": trained, **_optional(row)}
     name = next((name for name in ("response", "completion") if name in row), None)
     if name is None or "prompt" not in row:
-        raise RecordError(f"needs `prompt` and `response` (or `completion`), or `messages`; columns are: {_names(row)}")
+        raise RecordError(
+            f"needs `prompt` and `response` (or `completion`), or `messages`; columns are: {column_names(row)}"
+        )
     if any(name == "label" and isinstance(value, bool) for name, value in row.items()) and not row["label"]:
         raise RecordError(
             "`label` is false, so the answer is not to be learnt; remove such rows, or say `problems: drop`"
@@ -261,7 +270,7 @@ def parse_ranking(row: dict[str, Any]) -> Record:
         one_answer = {"response", "completion"} & row.keys() and {"label", "score", "rating"} & row.keys()
         raise RecordError(
             "needs `prompt`, `chosen`, `rejected` (or `prompt`, `responses`, `ranks`); columns are: "
-            + _names(row)
+            + column_names(row)
             + ("; rows that judge one answer each must be joined to pairs of a prompt first" if one_answer else "")
         )
     problem: Record = {}
@@ -278,7 +287,7 @@ def parse_ranking(row: dict[str, Any]) -> Record:
 def _parse_ranks(row: dict[str, Any]) -> Record:
     for name in ("prompt", "responses", "ranks"):
         if name not in row:
-            raise RecordError(f"a ranking needs `{name}`; columns are: {_names(row)}")
+            raise RecordError(f"a ranking needs `{name}`; columns are: {column_names(row)}")
     responses, ranks = row["responses"], row["ranks"]
     if not isinstance(responses, list) or not all(isinstance(item, str) for item in responses):
         raise RecordError(f"`responses` must be a list of texts, got {shorten(responses)}")
@@ -316,13 +325,9 @@ def _hh_pair(row: dict[str, Any]) -> tuple[list[Message], list[str], bool]:
     return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]], chosen[:-1] == rejected[:-1]
 
 
-def _names(row: dict[str, Any]) -> str:
-    return column_names(row) or "none"
-
-
 def _text(row: dict[str, Any], name: str) -> str:
     if name not in row:
-        raise RecordError(f"no column `{name}`; columns are: {_names(row)}")
+        raise RecordError(f"no column `{name}`; columns are: {column_names(row)}")
     value = row[name]
     if not isinstance(value, str):
         raise RecordError(f"`{name}` must be text, got {shorten(value)}")
