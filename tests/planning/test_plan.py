@@ -206,25 +206,20 @@ def test_planned_memory_is_what_ppo_uses(
     from torch.distributed._tools.mem_tracker import MemTracker
 
     measured: list[dict[str, int]] = []
-    original = ppo.Loop.backward
+    original = ppo.Learner.accumulate_gradients
 
-    def backward(self: Any, rollout: Any, rows: list[int], *rest: Any) -> Any:
+    def accumulate_gradients(self: Any, minibatch: Any, *rest: Any) -> Any:  # the whole fits into one micro-batch
         if measured:
-            return original(self, rollout, rows, *rest)
+            return original(self, minibatch, *rest)
         tracker = MemTracker()
-        tracker.track_external(*self.roles.networks())
+        tracker.track_external(*self.networks.models())
         with tracker:
-            found = original(self, rollout, rows, *rest)
-        measured.append(
-            {
-                **by_part(tracker),
-                "rows": len(rows),
-                "length": max(len(rollout.prompt_ids[i]) + len(rollout.response_ids[i]) for i in rows),
-            }
-        )
-        return found
+            metrics = original(self, minibatch, *rest)
+        lengths = [len(p) + len(r) for p, r in zip(minibatch.prompt_ids, minibatch.response_ids, strict=True)]
+        measured.append({**by_part(tracker), "rows": len(minibatch), "length": max(lengths)})
+        return metrics
 
-    monkeypatch.setattr(ppo.Loop, "backward", backward)
+    monkeypatch.setattr(ppo.Learner, "accumulate_gradients", accumulate_gradients)
     flags = tiny_flags(
         "ppo",
         tmp_path,
