@@ -210,7 +210,9 @@ class Learner:
             self.schedules[name].step()
         if "policy" in trained:
             metrics["ratio_first_minibatch"] = steps[0]["ratio_max_log"]
-            metrics["ratio_max_log"] = max(step["ratio_max_log"] for step in steps)  # not a mean: one is enough to alarm
+            metrics["ratio_max_log"] = max(
+                step["ratio_max_log"] for step in steps
+            )  # not a mean: one is enough to alarm
             self._average_policy()
             if args.kl_control == "adaptive":
                 state.kl_coef = adapt_kl_coef(
