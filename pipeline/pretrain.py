@@ -6,6 +6,7 @@ accelerate launch pipeline/pretrain.py --config recipes/demo/pretrain.yaml
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.pretrain import PretrainArguments
@@ -36,7 +37,7 @@ from pipeline.training.trainer import (
 )
 
 import datasets
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 logger = logging.getLogger("pipeline.pretrain")  # __name__ is __main__ under accelerate launch
 
@@ -58,70 +59,55 @@ def main(run: Run[PretrainArguments]) -> None:
         return
 
     texts = [split_texts(source, args.held_out_fraction) for source in sources]
-    tokenizer = given or _new_tokenizer(args, [text for train_texts, _ in texts for text in train_texts])
+    tokenizer = given or _new_tokenizer(args, [text for training, _ in texts for text in training])
     if parent:
         model = load_causal_lm(parent.path)
         refuse_beyond_context(model.config, args.block_tokens, "block_tokens")
     else:
-        from transformers import set_seed
-
         set_seed(args.seed)
         model = new_causal_lm(args.config_class, args.model_config, tokenizer, args.block_tokens)
     if note := assign_pad(tokenizer, model):
         logger.warning("pretrain: %s", note)
-
     isolated = isolates_packed_documents(model)
     if not isolated:
         logger.warning("pretrain: documents that share a block would see each other in this model; one per block")
-    train_blocks = [blocks_of(tokenizer, part, args.block_tokens, isolated) for part, _ in texts]
-    held_out = [blocks_of(tokenizer, part, args.block_tokens, isolated) for _, part in texts]
-    if not any(train_blocks) or not any(held_out):
-        what = "was held out; raise held_out_fraction" if any(train_blocks) else "is left to train on; lower it"
-        raise UserError(f"no document {what} or give more documents")
-    sizes = [len(blocks) for blocks in train_blocks]
+
+    blocks = encode_blocks(tokenizer, texts, isolated, args)
+    sizes = [len(part) for part in blocks.training]
     epoch = mixture_indices(sizes, [source.weight for source in sources], args.seed)
-    mixed = datasets.Dataset.from_list([block for blocks in train_blocks for block in blocks]).select(epoch)
-    held_out_bytes = sum(len(text.encode()) for _, part in texts for text in part)
+    mixed = datasets.Dataset.from_list([block for part in blocks.training for block in part]).select(epoch)
+    parameters = model.num_parameters()
     logger.info(
         "pretrain: %d blocks of %d tokens, %d held out, %.2f M parameters",
-        len(mixed),
-        args.block_tokens,
-        sum(map(len, held_out)),
-        model.num_parameters() / 1e6,
-    )
+        len(mixed), args.block_tokens, len(blocks.held_out), parameters / 1e6,
+    )  # fmt: skip
 
     trainer = PretrainTrainer(
         model=model,
         args=training_arguments(TrainingArguments, run),
         train_dataset=mixed,
-        eval_dataset=[block for blocks in held_out for block in blocks],
+        eval_dataset=blocks.held_out,
         data_collator=BlockCollator(tokenizer.pad_token_id, position_ids=isolated),
         processing_class=tokenizer,
     )
-    passes = trainer.args.gradient_accumulation_steps * trainer.args.world_size
-    if note := set_router_loss(model, args.router_aux_loss, passes):
+    shares = trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    if note := set_router_loss(model, args.router_aux_loss, shares):
         logger.warning("pretrain: %s", note)
     trainer.asks_router_logits = bool(args.router_aux_loss)
     prepare_trainer(trainer, run)
     resumed = train(trainer, run)
 
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
-    metrics["bits_per_byte"] = bits_per_byte(metrics.pop("nll"), held_out_bytes)
-    seen = trainer.state.global_step * args.examples_per_step / len(mixed)
+    metrics["bits_per_byte"] = bits_per_byte(metrics.pop("nll"), blocks.held_out_bytes)
     # How often each source's blocks were seen: passes over the epoch times how often they stand in it.
-    epochs = [
-        round(seen * count / max(size, 1), 4) for count, size in zip(rows_of_each(epoch, sizes), sizes, strict=True)
-    ]
-    metrics |= {
-        "held_out_bytes": held_out_bytes,
-        "parameters": model.num_parameters(),
-        "steps": trainer.state.global_step,
-    }
+    passes = trainer.state.global_step * args.examples_per_step / len(mixed)
+    epochs = [round(passes * n / max(size, 1), 4) for n, size in zip(rows_of_each(epoch, sizes), sizes, strict=True)]
+    metrics |= {"held_out_bytes": blocks.held_out_bytes, "parameters": parameters, "steps": trainer.state.global_step}
     save_whole(trainer, tokenizer)
     run.finish(
         parents=[parent.record()] if parent else [],
         datasets=[
-            {**s.provenance(), "epochs_seen": epochs[i], "train_tokens": _tokens(train_blocks[i])}
+            {**s.provenance(), "epochs_seen": epochs[i], "train_tokens": _tokens(blocks.training[i])}
             for i, s in enumerate(sources)
         ],
         tokenizer=tokenizer,
@@ -131,6 +117,30 @@ def main(run: Run[PretrainArguments]) -> None:
         summary=f"perplexity {metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.3f} bits per byte held out, "
         + ", ".join(f"{s.name} seen {epochs[i]:.2f}×" for i, s in enumerate(sources)),
     )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """training: the packed blocks of each source; held_out: those of all of them; held_out_bytes: of their text, UTF-8."""
+
+    training: list[list[Block]]
+    held_out: list[Block]
+    held_out_bytes: int
+
+
+def encode_blocks(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[tuple[list[str], list[str]]],
+    isolated: bool,
+    args: PretrainArguments,
+) -> Blocks:
+    """Tokenise and pack the (training, held-out) texts of each source."""
+    training = [blocks_of(tokenizer, part, args.block_tokens, isolated) for part, _ in texts]
+    held_out = [block for _, part in texts for block in blocks_of(tokenizer, part, args.block_tokens, isolated)]
+    if not any(training) or not held_out:
+        what = "was held out; raise held_out_fraction" if any(training) else "is left to train on; lower it"
+        raise UserError(f"no document {what} or give more documents")
+    return Blocks(training, held_out, sum(len(text.encode()) for _, part in texts for text in part))
 
 
 class PretrainTrainer(StageTrainer, Trainer):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.algorithms.preference import ranking_loss
@@ -20,7 +20,7 @@ from pipeline.config.stages import SUPPORT
 from pipeline.data.arrow_storage import StoredRecords, write_arrow
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
-from pipeline.data.comparisons import find_invalid_rankings, labelers_of, split_rankings, summary
+from pipeline.data.comparisons import RankingSplit, find_invalid_rankings, labelers_of, split_rankings, summary
 from pipeline.data.encoded_rankings import FEATURES, EncodedRanking, RankingOptions, encode_rankings, for_training
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.mixing import mixture_indices
@@ -29,9 +29,9 @@ from pipeline.data.splits import labeler_folds
 from pipeline.errors import UserError
 from pipeline.evaluation.reward_model import Truth, evaluate_reward_model
 from pipeline.models.loading import disable_noise, refuse_beyond_context
-from pipeline.models.lora import lora_config, save_merged
+from pipeline.models.lora import lora_config
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, set_offset
-from pipeline.models.tokenizers import add_missing_rows, assign_pad, assign_template, load_tokenizer, template_identity
+from pipeline.models.tokenizers import complete_chat_model, load_tokenizer, template_identity
 from pipeline.rollout.score_scale import distinct_prompts, mean_demonstration_score, scale_to_unit_variance
 from pipeline.training.lineage import verify_parent
 from pipeline.training.run import Run
@@ -39,7 +39,7 @@ from pipeline.training.stage import launch
 from pipeline.training.trainer import (
     StageTrainer,
     prepare_trainer,
-    save_whole,
+    save_trained,
     share_batches,
     train,
     training_arguments,
@@ -77,58 +77,15 @@ def main(run: Run[RewardArguments]) -> None:
 
     set_seed(args.seed)
     model = load_scalar_model(parent.path, args.quantization)
-    refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
-    if note := assign_template(tokenizer, model, args.chat_template, args.output_dir):
-        logger.warning("reward: %s", note)
-    for note in (add_missing_rows(tokenizer, model), assign_pad(tokenizer, model)):
-        if note:
-            logger.warning("reward: %s", note)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if parent.stage != "reward":
-        std = init_head(model, args.head_std, args.seed)
-        logger.info("reward: new head, weights from N(0, %.4f²)", std)
-    if args.disable_dropout:
-        disable_noise(model)
-    if args.epochs > 1:
-        logger.warning("reward: %.3g epochs; comparisons overfit past the first (InstructGPT)", args.epochs)
+    encoder = prepare_model(model, tokenizer, new_head=parent.stage != "reward", args=args)
+    rankings = encode_split(encoder, sources, split, args)
+    rows, held_out = rankings.training, rankings.held_out
 
-    encoder = ChatEncoder(tokenizer)
-    for note in encoder.notes:
-        logger.warning("reward: %s", note)
-    options = RankingOptions(
-        max_tokens=args.max_tokens,
-        ties=args.ties,
-        confidence=args.confidence,
-        label_smoothing=args.label_smoothing,
-        labeler_weights=args.labeler_weights,
-    )
-
-    def encoded(parts: list[list[int]], name: str) -> Iterator[Iterator[EncodedRanking]]:
-        """The rows of some positions in each source."""
-        for source, positions in zip(sources, parts, strict=True):
-            yield encode_rankings(encoder, (source.records[i] for i in positions), options, name)
-
-    tables = [write_arrow(map(for_training, part), FEATURES) for part in encoded(split.training, "training")]
-    epoch = mixture_indices([len(table) for table in tables], [source.weight for source in sources], args.seed)
-    rows = datasets.concatenate_datasets(tables).select(epoch)
-    eval_rows: list[Any] = [row for part in encoded(split.held_out, "held-out") for row in part]
-    other_rows: list[Any] = [row for part in encoded(split.held_out_labelers, "held-out labelers'") for row in part]
-    if not len(rows) or not eval_rows:
-        raise UserError(
-            f"{len(rows)} rankings to train on and {len(eval_rows)} held out; both are needed: "
-            "raise max_tokens, change held_out_fraction or give more rankings"
-        )
-    pairs = sum(rows["num_pairs"])
     trainer = RankingTrainer(
         model=model,
-        args=training_arguments(
-            RewardConfig,
-            run,
-            disable_dropout=False,
-            max_length=None,
-        ),
+        args=training_arguments(RewardConfig, run, disable_dropout=False, max_length=None),
         train_dataset=rows,
-        eval_dataset=datasets.Dataset.from_list([for_training(row) for row in eval_rows], features=FEATURES),
+        eval_dataset=datasets.Dataset.from_list([for_training(row) for row in held_out], features=FEATURES),
         data_collator=RankingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         peft_config=lora_config(model, args.lora, "SEQ_CLS", tokenizer) if args.lora else None,
@@ -137,45 +94,33 @@ def main(run: Run[RewardArguments]) -> None:
     if args.group_by_length:
         trainer.order = LengthGroupedSampler(rows["length"], args.examples_per_step, args.seed)
     prepare_trainer(trainer, run)
-    logger.info("reward: %d rankings with %d pairs, %d held out", len(rows), pairs, len(eval_rows))
+    pairs = sum(rows["num_pairs"])
+    logger.info("reward: %d rankings with %d pairs, %d held out", len(rows), pairs, len(held_out))
     resumed = train(trainer, run)
 
-    if args.lora is None:
-        save_whole(trainer, tokenizer)
-    elif run.is_main:
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        save_merged(trained, load_scalar_model(parent.path), tokenizer, Path(args.output_dir))
+    save_trained(trainer, tokenizer, load_base=lambda: load_scalar_model(parent.path))
     run.processes.barrier()
     final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
+    metrics: dict[str, Any] = {}
     if run.is_main:
-        scale = 1.0
-        if args.unit_variance_samples is not None:
-            prompts = distinct_prompts(sources, split.training, args.unit_variance_samples)
-            scale = scale_to_unit_variance(final, encoder, prompts, args)
-        offset = mean_demonstration_score(final, encoder, demonstrations, args.max_tokens)
-        set_offset(final, offset)
-        metrics = evaluate_reward_model(
+        prompts = distinct_prompts(sources, split.training, args.unit_variance_samples or 0)
+        metrics |= scale_and_center(final, encoder, prompts, demonstrations, args)
+        metrics |= evaluate_reward_model(
             final,
             tokenizer.pad_token_id,
-            eval_rows,
-            other_rows,
+            held_out,
+            rankings.held_out_labelers,
             truth=Truth(str(args.truth), truth) if truth else None,
             tie_margin=trainer.tie_margin,
         )
         final.config.score_temperature = metrics.get("temperature", 1.0)
         final.config.save_pretrained(args.output_dir)
         metrics |= {
-            "score_offset": offset,
-            "score_scale": scale,
             "kept_out_labelers": kept_out,
             "rankings": len(rows),
             "pairs": pairs,
             "steps": trainer.state.global_step,
         }
-        scores = metrics["scores"]
-        logger.info("reward: held-out scores %.2f ± %.2f", scores["mean"], scores["std"])
-    else:
-        metrics = {}
     run.finish(
         parents=[parent.record()],
         datasets=[s.provenance() for s in [*sources, *demonstrations]],
@@ -185,6 +130,72 @@ def main(run: Run[RewardArguments]) -> None:
         resumed_from=resumed,
         summary=_summary(metrics),
     )
+
+
+def prepare_model(model: Any, tokenizer: Any, *, new_head: bool, args: RewardArguments) -> ChatEncoder:
+    """Complete an external parent, draw a new head, switch noise off; returns the encoder."""
+    refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
+    encoder, notes = complete_chat_model(tokenizer, model, args.chat_template, args.output_dir)
+    if args.epochs > 1:
+        notes.append(f"{args.epochs:.3g} epochs; comparisons overfit past the first (InstructGPT)")
+    for note in notes:
+        logger.warning("reward: %s", note)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if new_head:
+        std = init_head(model, args.head_std, args.seed)
+        logger.info("reward: new head, weights from N(0, %.4f²)", std)
+    if args.disable_dropout:
+        disable_noise(model)
+    return encoder
+
+
+@dataclass(frozen=True)
+class EncodedRankings:
+    """training: one epoch of the mixture, on disk; held_out: unseen prompts; held_out_labelers: those of labelers kept out."""
+
+    training: datasets.Dataset
+    held_out: list[Any]  # of EncodedRanking
+    held_out_labelers: list[Any]
+
+
+def encode_split(
+    encoder: ChatEncoder, sources: Sequence[Source], split: RankingSplit, args: RewardArguments
+) -> EncodedRankings:
+    """Encode every part of the split, and mix the training parts by the sources' weights."""
+    options = RankingOptions(
+        max_tokens=args.max_tokens,
+        ties=args.ties,
+        confidence=args.confidence,
+        label_smoothing=args.label_smoothing,
+        labeler_weights=args.labeler_weights,
+    )
+
+    def encoded(parts: Sequence[Sequence[int]], name: str) -> Iterator[Iterator[EncodedRanking]]:
+        """The rows at some positions in each source."""
+        for source, positions in zip(sources, parts, strict=True):
+            yield encode_rankings(encoder, (source.records[i] for i in positions), options, name)
+
+    tables = [write_arrow(map(for_training, part), FEATURES) for part in encoded(split.training, "training")]
+    epoch = mixture_indices([len(table) for table in tables], [source.weight for source in sources], args.seed)
+    training = datasets.concatenate_datasets(tables).select(epoch)
+    held_out: list[Any] = [row for part in encoded(split.held_out, "held-out") for row in part]
+    others: list[Any] = [row for part in encoded(split.held_out_labelers, "held-out labelers'") for row in part]
+    if not len(training) or not held_out:
+        raise UserError(
+            f"{len(training)} rankings to train on and {len(held_out)} held out; both are needed: "
+            "raise max_tokens, change held_out_fraction or give more rankings"
+        )
+    return EncodedRankings(training, held_out, others)
+
+
+def scale_and_center(
+    model: Any, encoder: ChatEncoder, prompts: list[Any], demonstrations: Sequence[Source], args: RewardArguments
+) -> dict[str, float]:
+    """Scores of variance 1 over the parent's answers where the recipe asks for it, and of mean 0 over demonstrations."""
+    scale = scale_to_unit_variance(model, encoder, prompts, args) if prompts else 1.0
+    offset = mean_demonstration_score(model, encoder, demonstrations, args.max_tokens)
+    set_offset(model, offset)
+    return {"score_offset": offset, "score_scale": scale}
 
 
 def _summary(metrics: dict[str, Any]) -> str:

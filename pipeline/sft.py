@@ -6,7 +6,7 @@ accelerate launch pipeline/sft.py --config recipes/demo/sft.yaml
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from dataclasses import dataclass
 
 from pipeline.config.sft import SFTArguments
 from pipeline.config.stages import SUPPORT
@@ -20,11 +20,9 @@ from pipeline.data.splits import split_records
 from pipeline.errors import UserError
 from pipeline.evaluation.language import mean_loss, perplexity
 from pipeline.models.loading import keep_router_logits_off, load_causal_lm, refuse_beyond_context
-from pipeline.models.lora import lora_config, save_merged
+from pipeline.models.lora import lora_config
 from pipeline.models.tokenizers import (
-    add_missing_rows,
-    assign_pad,
-    assign_template,
+    complete_chat_model,
     load_tokenizer,
     set_stop_tokens,
     stop_token_ids,
@@ -40,7 +38,7 @@ from pipeline.training.trainer import (
     StageTrainer,
     measure_tokens,
     prepare_trainer,
-    save_whole,
+    save_trained,
     train,
     training_arguments,
 )
@@ -71,34 +69,20 @@ def main(run: Run[SFTArguments]) -> None:
     set_seed(args.seed)
     model = load_causal_lm(parent.path, args.quantization)
     refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
-    if note := assign_template(tokenizer, model, args.chat_template, args.output_dir):
-        logger.warning("sft: %s", note)
-    for note in (add_missing_rows(tokenizer, model), assign_pad(tokenizer, model)):
-        if note:
-            logger.warning("sft: %s", note)
-    encoder = ChatEncoder(tokenizer)
-    for note in encoder.notes:
-        logger.warning("sft: %s", note)
-    set_stop_tokens(model, stop_token_ids(encoder, model.generation_config))
-
-    splits = [split_records(source.records, args.held_out_fraction) for source in sources]
-    encoded = [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)]
-    demonstrations = [example for part in encoded for example in part]
-    epoch = mixture_indices([len(part) for part in encoded], [s.weight for s in sources], args.seed)
-    train_examples = [demonstrations[index] for index in epoch]
-    held_out_records = [record for _, part in splits for record in part]
-    held_out = [e for s, (_, part) in zip(sources, splits, strict=True) for e in encode(encoder, s, part, args)]
-    if not train_examples:
-        if not any(part for part, _ in splits):
-            raise UserError("no demonstration is left to train on; lower held_out_fraction or give more demonstrations")
-        raise UserError(f"no demonstration fits into max_tokens ({args.max_tokens}); raise it")
-    if not held_out:
-        raise UserError("no demonstration was held out; raise held_out_fraction or give more demonstrations")
+    encoder, notes = complete_chat_model(tokenizer, model, args.chat_template, args.output_dir)
+    stop_ids = stop_token_ids(encoder, model.generation_config)
+    set_stop_tokens(model, stop_ids)
     packing = args.packing and isolates_packed_documents(model)
     if args.packing and not packing:
-        logger.warning("sft: examples that share a row would see each other in this model; each gets a row of its own")
-    rows = pack_examples(train_examples, args.max_tokens) if packing else [join_examples([e]) for e in train_examples]
-    logger.info("sft: %d demonstrations in %d rows, %d held out", len(train_examples), len(rows), len(held_out))
+        notes.append("examples that share a row would see each other in this model; each gets a row of its own")
+    for note in notes:
+        logger.warning("sft: %s", note)
+
+    demonstrations = encode_demonstrations(encoder, sources, args)
+    training = demonstrations.training
+    rows = pack_examples(training, args.max_tokens) if packing else [join_examples([e]) for e in training]
+    held_out = demonstrations.held_out
+    logger.info("sft: %d demonstrations in %d rows, %d held out", len(training), len(rows), len(held_out))
 
     trainer = DemonstrationTrainer(
         model=model,
@@ -117,9 +101,8 @@ def main(run: Run[SFTArguments]) -> None:
         peft_config=lora_config(model, args.lora, "CAUSAL_LM", tokenizer) if args.lora else None,
     )
     if args.score:
-        setup = ScoringSetup(encoder, trainer.accelerator.device, stop_token_ids(encoder, model.generation_config))
-        scorer = build_scorer(args.score, setup)
-        records = held_out_records[: args.score_prompts]
+        scorer = build_scorer(args.score, ScoringSetup(encoder, trainer.accelerator.device, stop_ids))
+        records = demonstrations.held_out_records[: args.score_prompts]
         trainer.greedy_score = GreedyScore(encoder, scorer, records, args.max_response_tokens)
     keep_router_logits_off(model)  # TRL asks for them in its calls
     prepare_trainer(trainer, run)
@@ -127,17 +110,13 @@ def main(run: Run[SFTArguments]) -> None:
 
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     metrics |= {
-        "demonstrations": len(train_examples),
+        "demonstrations": len(training),
         "held_out_demonstrations": len(held_out),
         "steps": trainer.state.global_step,
     }
     if args.best_metric != "none" and trainer.state.best_global_step is not None:
         metrics["best_step"] = trainer.state.best_global_step
-    if args.lora is None:
-        save_whole(trainer, tokenizer)
-    elif run.is_main:
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        save_merged(trained, load_causal_lm(parent.path), tokenizer, Path(args.output_dir))
+    save_trained(trainer, tokenizer, load_base=lambda: load_causal_lm(parent.path))
     run.finish(
         parents=[parent.record()],
         datasets=[s.provenance() for s in sources],
@@ -165,6 +144,31 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
         if self.greedy_score is not None:
             found["score"] = self.greedy_score.measure(self.model)
         return found
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """training: one epoch of the mixture; held_out: examples, and the records that they come from."""
+
+    training: list[Example]
+    held_out: list[Example]
+    held_out_records: list[Record]
+
+
+def encode_demonstrations(encoder: ChatEncoder, sources: list[Source], args: SFTArguments) -> Demonstrations:
+    """Split every source, encode both parts, and mix the training parts by the sources' weights."""
+    splits = [split_records(source.records, args.held_out_fraction) for source in sources]
+    parts = [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)]
+    held_out = [e for s, (_, part) in zip(sources, splits, strict=True) for e in encode(encoder, s, part, args)]
+    if not any(parts):
+        if not any(part for part, _ in splits):
+            raise UserError("no demonstration is left to train on; lower held_out_fraction or give more demonstrations")
+        raise UserError(f"no demonstration fits into max_tokens ({args.max_tokens}); raise it")
+    if not held_out:
+        raise UserError("no demonstration was held out; raise held_out_fraction or give more demonstrations")
+    examples = [example for part in parts for example in part]
+    epoch = mixture_indices([len(part) for part in parts], [source.weight for source in sources], args.seed)
+    return Demonstrations([examples[i] for i in epoch], held_out, [record for _, part in splits for record in part])
 
 
 def encode(encoder: ChatEncoder, source: Source, records: list[Record], args: SFTArguments) -> list[Example]:

@@ -241,3 +241,23 @@ def _date_of(folder: str | os.PathLike[str] | None) -> datetime.date:
         return datetime.date.fromisoformat(path.read_text(encoding="utf-8").strip())
     except ValueError as error:
         raise UserError("no date like 2026-11-25; delete the file", file=path) from error
+
+
+def complete_chat_model(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, template: str | None, folder: str
+) -> tuple[ChatEncoder, list[str]]:
+    """Give an external parent what it lacks to hold dialogues: a chat template, rows for its tokens, a pad token.
+
+    Args:
+        template: the recipe's `chat_template`. folder: the stage's output, where the template is kept.
+
+    Returns:
+        the encoder of the completed tokenizer, and what was done or differs, one line each.
+    """
+    done = [
+        assign_template(tokenizer, model, template, folder),
+        add_missing_rows(tokenizer, model),
+        assign_pad(tokenizer, model),
+    ]
+    encoder = ChatEncoder(tokenizer)
+    return encoder, [note for note in (*done, *encoder.notes) if note]

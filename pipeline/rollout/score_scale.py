@@ -26,6 +26,8 @@ logger = logging.getLogger("pipeline.reward")
 def distinct_prompts(sources: Sequence[Source], positions: Sequence[Sequence[int]], number: int) -> list[list[Message]]:
     """The first `number` different prompts at some positions in each source."""
     prompts: dict[bytes, list[Message]] = {}
+    if number == 0:
+        return []
     for source, part in zip(sources, positions, strict=True):
         for position in part:
             prompt = source.records[position]["prompt"]

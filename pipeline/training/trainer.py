@@ -10,13 +10,13 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipeline.config.trainer import TrainerArguments
 from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
+from pipeline.models.lora import save_merged
 from pipeline.models.precision import accelerator_type, device_plan
 from pipeline.models.token_nll import token_nll
 from pipeline.training import checkpoints, history
@@ -26,6 +26,7 @@ from pipeline.training.progress import Progress
 from pipeline.training.run import Run
 
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -367,3 +368,16 @@ def save_whole(trainer: Any, tokenizer: Any) -> None:
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what lineage.json says in the open
+
+
+def save_trained(trainer: Any, tokenizer: Any, load_base: Callable[[], Any]) -> None:
+    """The trained model to the output folder: all weights, or adapter and merged weights where adapters were trained.
+
+    Args:
+        load_base: loads the base in fp32, for merging; called on rank 0 alone.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        save_whole(trainer, tokenizer)
+    elif trainer.is_world_process_zero():
+        save_merged(model, load_base(), tokenizer, Path(trainer.args.output_dir))
