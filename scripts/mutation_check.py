@@ -31,7 +31,6 @@ from typing import Any
 
 import pipeline
 from pipeline.algorithms.kl import k3
-from pipeline.models.precision import cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import score_offset
 from pipeline.rollout.rollout import whiten_advantages
 
@@ -365,11 +364,9 @@ def _(original: Any, *rest: Any, **options: Any) -> Any:
 def _(original: Any, module: Any) -> bool:
     return False
 
-@mutation("the reference is cast to bf16 before packed attention is tried", "pipeline.models.build_networks:_separate", "tests/stages/test_gpu_decisions.py::test_ppo_takes_a_gpus_decisions[separate]")
-def _(original: Any, inputs: Any, policy: Any, plan: Any, device: Any) -> Any:
-    networks = original(inputs, policy, plan, device)
-    cast_frozen_linears_to_bf16(networks.reference)
-    return networks
+@mutation("frozen networks keep their linear layers in fp32", "pipeline.models.precision:cast_frozen_linears_to_bf16", "tests/stages/test_gpu_decisions.py::test_ppo_takes_a_gpus_decisions[separate]")
+def _(original: Any, model: Any) -> None:
+    pass
 
 # ---------------------------------------------------------------------------------------------- packed sequences
 
