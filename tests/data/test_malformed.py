@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.files import MAX_LINE_BYTES, RecordError
-from pipeline.data.records import MAX_LISTED, PARSERS, parse_ranking, read_records
+from pipeline.data.problems import MAX_LISTED
+from pipeline.data.records import PARSERS, parse_ranking, read_records
 from pipeline.errors import UserError
 
 import pytest
