@@ -107,7 +107,7 @@ class StageOutput:
         """The newest checkpoint with a valid manifest, or None.
 
         Raises:
-            UserError: the newest valid checkpoint belongs to another recipe.
+            UserError: the newest valid checkpoint belongs to a run with other settings, data or parents.
         """
         checkpoints.check_no_file_is_named_like_a_checkpoint(self.folder)
         for checkpoint in reversed(self.checkpoints()):

@@ -51,8 +51,11 @@ def test_other_weights_of_a_reward_are_a_difference_and_its_path_is_none(run: Pa
     assert (ours[0]["weight"], theirs[0]["weight"], "model" in ours[0]) == (0.5, 1.0, False)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"stage": "sft", "recipe": 3}'])
-def test_a_lineage_of_another_shape_is_one_line(run: Path, tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("[]", "holds a list, not an object"), ("{}", "lacks"), ('{"stage": "sft", "recipe": 3}', "lacks")],
+)
+def test_a_lineage_of_another_shape_is_one_line(run: Path, tmp_path: Path, content: str, reason: str) -> None:
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "lineage.json").write_text(content, encoding="utf-8")
-    assert "lineage.json: lacks" in rlhf_here("compare", tmp_path, run, code=2)[1]
+    assert f"lineage.json: {reason}" in rlhf_here("compare", tmp_path, run, code=2)[1]

@@ -70,5 +70,5 @@ def test_a_models_card_reads_as_the_hub_reads_it(chain: Path, stage: str, metric
     assert results[metric].metric_value == pytest.approx(metrics[metric])
     assert results[metric].dataset_name.startswith("held-out part of demo_")
     assert card.data.library_name == "transformers"
-    for heading in ("## Figures", "## Data", "## Parents", "## Limits", "## Settings"):
+    for heading in ("## Metrics", "## Data", "## Parents", "## Limits", "## Settings"):
         assert heading in card.text

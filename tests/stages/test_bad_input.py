@@ -323,7 +323,7 @@ def test_another_reward_is_another_run(
     launch("ppo", STAGES["ppo"], ppo.main, changed)
     assert "already complete" in capsys.readouterr().out
     module.write_text("def score(prompts, responses, rows):\n    return [2.0] * len(responses)\n")
-    assert "holds a finished run on other data or another parent" in refused(capsys, "ppo", changed)
+    assert "holds a finished run with other reward changing:score" in refused(capsys, "ppo", changed)
 
 
 def test_a_module_that_breaks_is_named(
