@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1"
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="offline",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    RLHF_DATA_CACHE=tempfile.mkdtemp(prefix="rlhf-test-cache-"),  # of this process and those that it launches
 )
 
 from helpers.launches import CARDS, ROOT, STAGES, launch, tiny_flags
@@ -19,6 +26,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _data_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["RLHF_DATA_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

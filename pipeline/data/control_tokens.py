@@ -116,11 +116,15 @@ class TextTokenizer:
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, none of them a control token."""
-        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+        rows: list[list[int]] = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
         return [
-            self.encode([(text, True)])[0] if self.control.intersection(ids) else ids
+            ids if self.control.isdisjoint(ids) else self.encode([(text, True)])[0]
             for text, ids in zip(texts, rows, strict=True)
         ]
 

@@ -11,9 +11,10 @@ from typing import Any
 from pipeline.config.functions import import_function, source_sha256
 from pipeline.config.stages import REWARD_PARENTS, SUPPORT
 from pipeline.data.collators import BlockCollator
-from pipeline.data.encoding import ChatEncoder, document_ids
+from pipeline.data.encoded import encode_documents
+from pipeline.data.encoding import ChatEncoder
 from pipeline.data.mixing import mixture_indices
-from pipeline.data.packing import pack_documents
+from pipeline.data.packing import Joined, pack_documents
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
@@ -38,6 +39,7 @@ from pipeline.training.json_files import write_json
 from pipeline.training.lineage import Parent, read_lineage, verify_parent
 from pipeline.training.run import Run
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
@@ -71,9 +73,9 @@ def open_inputs(run: Run[Any]) -> PPOInputs:
     _check_processes(accelerator, args)
     parent = verify_parent(args.parent, SUPPORT["ppo"].parents)
     rewards = [verify_parent(source.model, REWARD_PARENTS) for source in args.reward if source.model is not None]
-    sources = read_sources(args.datasets, "prompt", args.data_root)
-    eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root)
-    ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root)
+    sources = read_sources(args.datasets, "prompt", args.data_root, args.data_cache)
+    eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root, args.data_cache)
+    ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root, args.data_cache)
     tokenizer = load_tokenizer(parent.path)
     parent.check_tokenizer(tokenizer)
     has_template = tokenizer.chat_template or args.chat_template is not None  # else refused below
@@ -167,12 +169,12 @@ def prepare_pretraining(inputs: PPOInputs, collector: Collector) -> PretrainingT
     isolated = isolates_packed_documents(collector.networks.policy.model)
     parts = []
     for source in inputs.ptx_sources:
-        documents = document_ids(tokenizer, [record["text"] for record in source.records])
-        groups = [documents] if isolated else [[document] for document in documents]
-        parts.append([block for group in groups for block in pack_documents(group, args.ptx_block_tokens)])
+        documents = encode_documents(source.records, tokenizer)
+        parts.append(pack_documents(documents, args.ptx_block_tokens, isolated=isolated))
     epoch = mixture_indices([len(part) for part in parts], [s.weight for s in inputs.ptx_sources], args.seed)
     return PretrainingText(
-        blocks=[block for part in parts for block in part],
+        blocks=Joined(parts),
+        lengths=np.concatenate([part.lengths() for part in parts]),
         epoch=epoch,
         isolated=isolated,
         args=args,

@@ -12,7 +12,6 @@ from typing import Any
 
 from helpers.launches import rlhf_here
 from pipeline.commands.check_data import check_data, is_data
-from pipeline.data.arrow_storage import StoredRecords
 from pipeline.data.comparison_statistics import ComparisonStatistics, Reservoir
 from pipeline.data.comparisons import find_invalid_rankings, summary
 from pipeline.data.near_duplicates import near_pairs, normalized
@@ -21,6 +20,7 @@ from pipeline.data.sources import read_source
 from pipeline.errors import UserError
 
 import pytest
+from pipeline.data.arrow_storage import StoredRecords
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
