@@ -62,7 +62,7 @@ def rows(stage: str, lines: list[list[str]], seed: int = 0) -> Iterator[dict[str
 
     def text(parts: int) -> str:
         words = [word for _ in range(parts) for word in chance.choice(lines)]
-        words[:: 10] = [f"{next(number)}" for _ in words[:: 10]]
+        words[::10] = [f"{next(number)}" for _ in words[::10]]
         return " ".join(words)
 
     while True:
@@ -71,7 +71,12 @@ def rows(stage: str, lines: list[list[str]], seed: int = 0) -> Iterator[dict[str
         elif stage == "sft":
             yield {"prompt": text(1), "response": text(2)}
         elif stage == "reward":
-            yield {"prompt": text(1), "chosen": text(1), "rejected": text(1), "labeler": f"labeler {chance.randrange(9)}"}
+            yield {
+                "prompt": text(1),
+                "chosen": text(1),
+                "rejected": text(1),
+                "labeler": f"labeler {chance.randrange(9)}",
+            }
         else:
             yield {"prompt": text(1)}
 
@@ -91,11 +96,16 @@ def write_rows(path: Path, stage: str, megabytes: int, lines: list[list[str]]) -
 def make_parents(work: Path, lines: list[list[str]]) -> None:
     """A policy and a reward model of one layer, with a tokenizer of the text."""
     from pipeline.models.tokenizer_training import train_tokenizer
+
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     texts = itertools.takewhile(lambda pair: pair[0] < TRAINED_ON, _with_size(rows("pretrain", lines, seed=1)))
     tokenizer = train_tokenizer((text for _, text in texts), VOCABULARY)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     for name, cls in (("policy", LlamaForCausalLM), ("scalar", LlamaForSequenceClassification)):
         cls(LlamaConfig(vocab_size=len(tokenizer), num_labels=1, **SIZES, **ids)).save_pretrained(work / name)
         tokenizer.save_pretrained(work / name)
@@ -154,9 +164,10 @@ class FirstStep(Exception):
 
 def start(stage: str, recipe_file: Path) -> None:
     """Run a stage up to its first step and print seconds and memory as JSON."""
-    import torch
     from pipeline.config.stages import STAGES as ARGUMENTS
     from pipeline.training.stage import launch
+
+    import torch
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     module = importlib.import_module(f"pipeline.{stage}")

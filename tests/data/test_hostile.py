@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from pipeline.data.cards import card_columns, split_files
 from pipeline.data.entries import DatasetEntry
