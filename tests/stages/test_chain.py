@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers.launches import CARDS, STAGES, launch, lineage, tiny_flags
+from helpers.launches import CARDS, STAGES, launch, launch_for_real, lineage, tiny_flags
 from pipeline.config.stages import STAGES as ARGUMENTS
 from pipeline.training.stage import launch as launch_here
 
@@ -33,7 +33,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory, chain: Path, recipes: Path) -
         if stage == "ppo":
             parents["reward"] = chain / "reward"
         changes = {"examples_per_device": 4} if stage in ("pretrain", "sft") else {}
-        launch(
+        start = launch_for_real if stage == "ppo" else launch
+        start(
             stage,
             # A tracker ends the process group when it ends: PPO must be through with it by then.
             tiny_flags(
