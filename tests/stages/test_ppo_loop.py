@@ -33,12 +33,13 @@ def test_the_first_ratio_is_exactly_one_where_shapes_are_the_same(chain: Path, r
     assert [row["ratio_first_minibatch"] for row in rows] == [0.0, 0.0]
 
 
+@pytest.mark.full
 def test_the_first_ratio_in_bf16(chain: Path, recipes: Path, tmp_path: Path) -> None:
     rows, _ = run(chain, recipes, tmp_path, precision="bf16", micro_batch_tokens=200)
     assert all(row["ratio_first_minibatch"] < 2e-2 for row in rows)
 
 
-@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (3, 4), (2, 16)])
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (3, 4), pytest.param(2, 16, marks=pytest.mark.full)])
 def test_step_counts(chain: Path, recipes: Path, tmp_path: Path, epochs: int, minibatches: int) -> None:
     _, metrics = run(chain, recipes, tmp_path, ppo_epochs=epochs, minibatches=minibatches)
     assert metrics["policy_steps"] == metrics["value_steps"] == 2 * epochs * minibatches
