@@ -18,7 +18,7 @@ from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.build_networks import NetworkInputs, build_networks, refuse_other_base
-from pipeline.models.precision import device_plan
+from pipeline.models.precision import accelerator_type, device_plan
 from pipeline.models.tokenizers import (
     assign_template,
     load_tokenizer,
@@ -67,7 +67,7 @@ class PPOInputs:
 def open_inputs(run: Run[Any]) -> PPOInputs:
     """Everything that can be refused before a model is loaded is refused here."""
     args = run.args
-    accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=accelerator_type() == "cpu")
     _check_processes(accelerator, args)
     parent = verify_parent(args.parent, SUPPORT["ppo"].parents)
     rewards = [verify_parent(source.model, REWARD_PARENTS) for source in args.reward if source.model is not None]

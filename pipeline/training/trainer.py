@@ -93,7 +93,7 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
         max_grad_norm=args.max_grad_norm,
         optim="adamw_8bit" if args.optimizer == "adamw_8bit" else "adamw_torch",
         bf16=device_plan(accelerator_type(), args.precision).bf16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=accelerator_type() == "cpu",
         logging_steps=args.logging_steps,
         save_strategy="steps",
         save_steps=args.save_steps,
@@ -108,7 +108,7 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
         run_name=args.run_name or f"{Path(args.output_dir).parent.name}-{run.name}",
         disable_tqdm=True,  # progress is shown by StageCallback
         logging_nan_inf_filter=False,  # it would hide a loss that is not finite behind the mean of those before
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=accelerator_type() == "cuda",
     )
     try:
         return cls(**{**settings, **extra, **options})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.algorithms.kl import adapt_kl_coef, k2, k3
 from pipeline.algorithms.schedules import lr_factor
 from pipeline.data.batching import epoch_permutation_indices
 from pipeline.data.encoding import ChatEncoder
+from pipeline.errors import UserError
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
@@ -479,6 +481,39 @@ def test_a_run_killed_in_its_final_evaluation_can_still_finish(policy: Path, tmp
     assert record["weights_sha256"] == whole["weights_sha256"]
     assert record["metrics"] == whole["metrics"]
     assert not (tmp_path / "run" / "out" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"junk")], ids=["lost", "damaged"])
+def test_the_best_networks_are_restored_from_the_checkpoint(
+    damage: Callable[[Path], Any], policy: Path, tmp_path: Path
+) -> None:
+    """A file beside the checkpoint that is lost or damaged between two starts costs nothing."""
+    judge = tmp_path / "run" / "judges.py"
+    judge.parent.mkdir()
+    judge.write_text("def few_b(prompts, responses, rows):\n    return [-float(r.count('b')) for r in responses]\n")
+    settings: dict[str, Any] = {**SHORT, "judges": ["judges:few_b"], "eval_rollouts": 1, "learning_rate": 2e-2}
+    settings |= {"best_metric": "judges", "save_steps": 1}
+
+    def use(training: ppo.Training, run: Run[Any]) -> None:
+        ppo.train(training, run)
+
+    out = tmp_path / "run" / "out"
+    with_training(tmp_path / "run", policy, COUNT_B, use, **settings)
+    damage(out / "best.pt")
+    record = train(tmp_path / "run", policy, COUNT_B, **settings)
+    assert record["resumed_from"], "it went on from a checkpoint"
+    assert record["metrics"]["best_rollout"] == 0
+    before, after = (load_causal_lm(str(path)).state_dict() for path in (policy, out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_lost_best_networks_are_told_in_one_line(tmp_path: Path) -> None:
+    """They are lost while the run goes on: the same command makes it again from the last checkpoint."""
+    for content in (None, b"junk", b""):
+        if content is not None:
+            (tmp_path / "best.pt").write_bytes(content)
+        with pytest.raises(UserError, match=r"best\.pt: is missing or damaged; .* start the same command again"):
+            ppo.load_best(tmp_path)
 
 
 def test_the_average_of_the_best_rollout_is_kept(policy: Path, tmp_path: Path) -> None:
