@@ -325,15 +325,15 @@ def _(original: Any, self: Any, prompts: int, step: int) -> Any:
 def _(original: Any, self: Any) -> None:
     original(with_args(self, ema_decay=1 - self.args.ema_decay) if self.args.ema_decay else self)
 
-@mutation("the moving average is the last rollout's, not the best one's", PPO + "Learner.load_best_state_dict", DETAILS + "test_the_average_of_the_best_rollout_is_kept")
+@mutation("the moving average is the last rollout's, not the best one's", PPO + "Learner.load_weights", DETAILS + "test_the_average_of_the_best_rollout_is_kept")
 def _(original: Any, self: Any, state: Any) -> None:
     self.networks.load_state_dict(state["networks"])
 
-@mutation("the best rollout is the worst", "pipeline.rollout.evaluation:is_new_best", DETAILS + "test_the_best_rollout_is_kept")
+@mutation("the best rollout is the worst", "pipeline.rollout.evaluation:record_if_best", DETAILS + "test_the_best_rollout_is_kept")
 def _(original: Any, metrics: Any, args: Any, state: Any) -> bool:
     return bool(original({name: -value for name, value in metrics.items()}, args, state))
 
-@mutation("a judge that says NaN is the best", "pipeline.rollout.evaluation:is_new_best", DETAILS + "test_a_judge_that_says_nan_is_never_the_best")
+@mutation("a judge that says NaN is the best", "pipeline.rollout.evaluation:record_if_best", DETAILS + "test_a_judge_that_says_nan_is_never_the_best")
 def _(original: Any, metrics: Any, args: Any, state: Any) -> bool:
     return bool(original({n: 1e9 if math.isnan(value) else value for n, value in metrics.items()}, args, state))
 
@@ -351,7 +351,7 @@ def _(original: Any, self: Any, adapter: str | None) -> Any:
 def _(original: Any, self: Any, adapter: str) -> None:
     self.peft.set_adapter(adapter)
 
-@mutation("shared backbone: the value's gradient stops at its head", NETWORKS + "SharedBackboneNetworks._values", ARRANGEMENTS + "test_gradients_are_those_of_the_losses_by_finite_differences[shared_trunk]")
+@mutation("shared trunk: the value's gradient stops at its head", NETWORKS + "SharedTrunkNetworks._values", ARRANGEMENTS + "test_gradients_are_those_of_the_losses_by_finite_differences[shared_trunk]")
 def _(original: Any, self: Any, hidden: Any, batch: Any) -> Any:
     return original(self, hidden.detach(), batch)
 

@@ -61,7 +61,7 @@ class AdapterNetworks(Networks):
     ):
         super().__init__(autocast)
         self.base_path, self.reward_path = base_path, reward_path or ""
-        self.parameters = {name: size_of(base) for name in ("policy", "reference", "value")}
+        self.parameter_counts = {name: size_of(base) for name in ("policy", "reference", "value")}
         reward = read_adapter(reward_path) if reward_path else None
         config = lora_config(base, options, "CAUSAL_LM")
         for adapter in (config, *([reward[0]] if reward else [])):

@@ -129,11 +129,9 @@ def ruled_scores(samples: Sequence[Sample], args: Any) -> Tensor:
     return missing_eos_scores(scores, finished, args.missing_eos, args.missing_eos_score)
 
 
-def trained_scores(samples: Sequence[Sample], args: Any, moments: RunningMoments) -> Tensor:
-    """The same as they enter the rewards: divided by their running deviation and clipped where the recipe says so."""
-    scores = ruled_scores(samples, args)
+def scaled_scores(scores: Tensor, args: Any, moments: RunningMoments) -> Tensor:
+    """(samples,) scores as they enter the rewards: divided by their running deviation and clipped where the recipe says so."""
     if args.scale_scores == "running":
-        moments.update(scores)
         scores = scores / moments.std
     return scores if args.score_clip is None else scores.clamp(-args.score_clip, args.score_clip)
 

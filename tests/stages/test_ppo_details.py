@@ -74,7 +74,7 @@ def test_pad_and_unused_ids_are_never_sampled(policy: Path, tmp_path: Path) -> N
     sampled = engine.sample(model, prompts, per_row_uniforms(0, range(100), 3))
     assert not {token for response in sampled for token in response.ids} & set(forbidden)
     train(tmp_path / "run", policy, COUNT_B, **SHORT)
-    assert max(row["ratio_first_minibatch"] for row in rows(tmp_path / "run")) < 1e-5
+    assert max(row["first_minibatch_log_ratio"] for row in rows(tmp_path / "run")) < 1e-5
 
 
 def test_responses_end_at_their_first_stop_token(policy: Path) -> None:
@@ -357,7 +357,7 @@ def test_master_weights_are_fp32_under_bf16(policy: Path, tmp_path: Path) -> Non
 
     dtypes = with_training(tmp_path / "run", policy, COUNT_B, use, **{**SHORT, "precision": "bf16"})
     assert dtypes == {torch.float32}
-    assert max(row["ratio_first_minibatch"] for row in rows(tmp_path / "run")) < 2e-2
+    assert max(row["first_minibatch_log_ratio"] for row in rows(tmp_path / "run")) < 2e-2
 
 
 def test_reference_and_reward_never_move(policy: Path, tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_a_run_killed_in_its_final_evaluation_can_still_finish(policy: Path, tmp
 
     def use(training: ppo.Training, run: Run[Any]) -> None:
         ppo.train(training, run)
-        training.learner.load_best_state_dict(ppo.load_best(tmp_path / "run" / "out"))
+        training.learner.load_weights(ppo.load_best(tmp_path / "run" / "out"))
         raise Killed
 
     with pytest.raises(Killed):
@@ -532,13 +532,13 @@ def test_the_average_of_the_best_rollout_is_kept(policy: Path, tmp_path: Path) -
 def test_a_judge_that_says_nan_is_never_the_best(policy: Path, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from pipeline.rollout.evaluation import is_new_best
+    from pipeline.rollout.evaluation import record_if_best
     from pipeline.training.ppo_state import PPOState
 
     state, args = PPOState(0.1), SimpleNamespace(best_metric="gold")
-    assert not is_new_best({"eval_gold": math.nan}, args, state)
-    assert is_new_best({"eval_gold": -1.0}, args, state)
-    assert not is_new_best({"eval_gold": math.nan}, args, state)
+    assert not record_if_best({"eval_gold": math.nan}, args, state)
+    assert record_if_best({"eval_gold": -1.0}, args, state)
+    assert not record_if_best({"eval_gold": math.nan}, args, state)
     assert (state.best, state.evaluations_since_best) == (-1.0, 1)
 
 
