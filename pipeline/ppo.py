@@ -60,7 +60,7 @@ def main(run: Run[PPOArguments]) -> None:
 
 @dataclass
 class Training:
-    """A PPO run that is ready to train: what it reads, samples with and learns with."""
+    """A PPO run that is ready to train."""
 
     inputs: PPOInputs
     prompts: PromptSet
@@ -89,7 +89,7 @@ def prepare(run: Run[PPOArguments], inputs: PPOInputs) -> Training:
 
 
 def train(training: Training, run: Run[PPOArguments]) -> None:
-    """All rollouts from where the state stands, with evaluations and checkpoints between them."""
+    """Run the remaining rollouts, with evaluations and checkpoints between them."""
     args, state, learner, log = run.args, training.state, training.learner, training.log
     alarms = Alarms(args.max_grad_norm, "bf16" if training.collector.plan.bf16 else "fp32")
     with log.progress(state.rollout) as bar:
@@ -139,7 +139,7 @@ def collect_rollout(collector: Collector, prompts: list[Prompt], state: PPOState
 
 
 def evaluate(training: Training, run: Run[PPOArguments]) -> Evaluation:
-    """An evaluation during training: samples to file, the best networks kept, and whether the run ends here."""
+    """Evaluate during training: write samples, save the networks if they are the best so far, decide whether the run ends."""
     args, state = run.args, training.state
     evaluation = training.evaluation.evaluate(training.prompts.held_out[: args.eval_prompts])
     training.log.samples(state.rollout, evaluation.samples)
@@ -247,11 +247,11 @@ class Learner:
             metrics["ptx_loss"] = loss
             self.state.flops += flops
         self.processes.sum_gradients(p for name in trained for p in self.networks.trained[name])
-        self._refuse_nonfinite(metrics, minibatch, "the loss")
+        self._check_finite(metrics, minibatch, "the loss")
         for name in trained:
             norm = nn.utils.clip_grad_norm_(self.networks.trained[name], self.args.max_grad_norm)
             metrics[f"{name}_grad_norm"] = norm.item()
-            self._refuse_nonfinite({"norm": norm.item()}, minibatch, f"{name}'s gradient")
+            self._check_finite({"norm": norm.item()}, minibatch, f"{name}'s gradient")
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
         self.state.policy_steps += "policy" in trained
@@ -292,7 +292,7 @@ class Learner:
             with torch.no_grad():
                 get_ema_multi_avg_fn(self.args.ema_decay)(self.average, self.networks.trained["policy"], None)
 
-    def _refuse_nonfinite(self, metrics: dict[str, float], minibatch: Rollout, what: str) -> None:
+    def _check_finite(self, metrics: dict[str, float], minibatch: Rollout, what: str) -> None:
         if all(map(math.isfinite, metrics.values())):
             return
         path = Path(self.args.output_dir) / "nonfinite_batch.pt"

@@ -180,7 +180,7 @@ def _(original: Any, scores: Any, logprobs: Any, ref_logprobs: Any, lengths: Any
 def _(original: Any, lengths: Any, score_after_response: bool) -> Any:
     return original(lengths, False)
 
-@mutation("the reference is the policy of the moment", NETWORKS + "SeparateNetworks.measure", DETAILS + "test_plain_transformers_loads_what_every_arrangement_leaves[separate]")
+@mutation("the reference is the policy of the moment", NETWORKS + "SeparateNetworks.compute_logprobs_and_values", DETAILS + "test_plain_transformers_loads_what_every_arrangement_leaves[separate]")
 def _(original: Any, self: Any, batch: Any, with_values: bool) -> Any:
     measured = original(self, batch, with_values)
     return dataclasses.replace(measured, ref_logprobs=measured.logprobs)
@@ -413,9 +413,9 @@ def resolve(target: str) -> tuple[Any, str, Any]:
 
 def apply(bug: Mutation) -> None:
     """Replace a target in its owner, and in every module of the pipeline or the tests that imported it by name."""
-    owner, name, found = resolve(bug.target)
-    static = isinstance(found, staticmethod)
-    original = found.__func__ if static else found
+    owner, name, target = resolve(bug.target)
+    static = isinstance(target, staticmethod)
+    original = target.__func__ if static else target
 
     @functools.wraps(original)
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -424,7 +424,7 @@ def apply(bug: Mutation) -> None:
     setattr(owner, name, staticmethod(wrong) if static else wrong)
     for module in our_modules():
         for other, value in list(vars(module).items()):
-            if value is found:
+            if value is target:
                 setattr(module, other, wrong)
 
 

@@ -225,7 +225,7 @@ def choice_in(reply: str) -> str:
 
 
 class LocalJudge:
-    """A causal LM of a folder or the Hub; says the letter that it holds more likely, so every reply is one."""
+    """A causal LM of a folder or the Hub. Its verdict is the more likely of the two letters, so no reply is unclear."""
 
     def __init__(self, path: str, rows: int = 8):
         self.tokenizer: Any = load_tokenizer(path)

@@ -138,7 +138,7 @@ class AdapterNetworks(Networks):
             value_loss(values).backward()
 
     @torch.no_grad()
-    def measure(self, batch: ResponseBatch, with_values: bool) -> Measurements:
+    def compute_logprobs_and_values(self, batch: ResponseBatch, with_values: bool) -> Measurements:
         where = (batch.sequences, batch.token_positions, batch.tokens)
         with self.autocast():
             with self.active(POLICY):

@@ -124,7 +124,9 @@ def _check_weights(model: PreTrainedModel, path: str, report: dict[str, Any], ne
             f"{path!r} lacks {len(missing)} of the {len(model.state_dict())} weights that its config.json asks for "
             f"({_some(missing)}); they would be random: restore the folder or correct its config"
         )
-    shapes = [f"{name} is {tuple(found)}, expected {tuple(asked)}" for name, found, asked in report["mismatched_keys"]]
+    shapes = [
+        f"{name} is {tuple(stored)}, expected {tuple(expected)}" for name, stored, expected in report["mismatched_keys"]
+    ]
     if shapes:
         raise UserError(
             f"{path!r} has {len(shapes)} weights of other shapes than its config.json says ({_some(sorted(shapes))}); "
@@ -163,7 +165,7 @@ def _mend_generation_config(model: PreTrainedModel, path: str) -> None:
         return
     except ValueError:
         pass
-    kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_length")}
+    token_ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_length")}
     if config.do_sample is None:  # values were given to sample with
         config.do_sample = True
         what = "sampling is on now"
@@ -174,7 +176,7 @@ def _mend_generation_config(model: PreTrainedModel, path: str) -> None:
     try:
         config.validate(strict=True)
     except ValueError:
-        model.generation_config = transformers.GenerationConfig(**kept)
+        model.generation_config = transformers.GenerationConfig(**token_ids)
         what = "only its token ids are kept"
     logger.warning("%r: generation_config.json has values that cannot stand together; %s", path, what)
 
@@ -239,11 +241,11 @@ def new_causal_lm(
                 f"model_config: vocab_size ({rows}) is less than the tokenizer's {len(tokenizer)} tokens; leave it out"
             )
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    refuse_beyond_context(config, block_tokens, "block_tokens")
+    check_context_length(config, block_tokens, "block_tokens")
     return model
 
 
-def refuse_beyond_context(config: Any, tokens: int, key: str) -> None:
+def check_context_length(config: Any, tokens: int, key: str) -> None:
     """Refuse more tokens than the model has positions."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)

@@ -111,7 +111,7 @@ class Networks:
         """
         raise NotImplementedError
 
-    def measure(self, batch: ResponseBatch, with_values: bool) -> Measurements:
+    def compute_logprobs_and_values(self, batch: ResponseBatch, with_values: bool) -> Measurements:
         raise NotImplementedError
 
     def sampler(self, network: str) -> contextlib.AbstractContextManager[Any]:
@@ -168,7 +168,7 @@ class SeparateNetworks(Networks):
         value_loss(values).backward()
 
     @torch.no_grad()
-    def measure(self, batch: ResponseBatch, with_values: bool) -> Measurements:
+    def compute_logprobs_and_values(self, batch: ResponseBatch, with_values: bool) -> Measurements:
         with self.autocast():
             where = (batch.sequences, batch.token_positions, batch.tokens)
             logprobs, ref_logprobs = (model(*where, with_entropy=False)[0] for model in (self.policy, self.reference))
@@ -229,7 +229,7 @@ class SharedTrunkNetworks(Networks):
         return head_values(self.head, hidden[batch.value_positions])
 
     @torch.no_grad()
-    def measure(self, batch: ResponseBatch, with_values: bool) -> Measurements:
+    def compute_logprobs_and_values(self, batch: ResponseBatch, with_values: bool) -> Measurements:
         with self.autocast():
             hidden = self.policy.hidden(batch.sequences)
             logprobs, _ = self._logprobs(hidden, batch, with_entropy=False)

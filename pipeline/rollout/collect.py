@@ -84,7 +84,7 @@ class Collector:
         lengths = [len(prompt.ids) + len(response) for prompt, response in zip(own_prompts, ids, strict=True)]
         for group in microbatches(lengths, list(range(len(rows))), MEASURED_TOKENS * self.args.micro_batch_tokens):
             batch = self.batch([own_prompts[k].ids for k in group], [ids[k] for k in group])
-            measured = self.networks.measure(batch, with_values=values)
+            measured = self.networks.compute_logprobs_and_values(batch, with_values=values)
             counts = [len(ids[k]) for k in group]
             logprobs, ref_logprobs = (_split(x, counts) for x in (measured.logprobs, measured.ref_logprobs))
             extra = int(self.args.score_position == "after")

@@ -32,8 +32,8 @@ class Evaluation:
 class HeldOutEvaluation:
     """Evaluates the policy on held-out prompts with the same random numbers each time.
 
-    judges: names of Python judges (module:function) by their labels; they are asked by rank 0 alone, so that a judge that
-        draws random numbers cannot part the processes.
+    judges: names of Python judges (module:function) by their labels; rank 0 alone calls them, so that a judge that draws
+        random numbers cannot make the processes differ.
     """
 
     collector: Collector

@@ -18,7 +18,7 @@ from pipeline.data.packing import pack_documents
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
-from pipeline.models.build_networks import NetworkInputs, build_networks, refuse_other_base
+from pipeline.models.build_networks import NetworkInputs, build_networks, check_same_base
 from pipeline.models.precision import accelerator_type, device_plan
 from pipeline.models.tokenizers import (
     assign_template,
@@ -89,7 +89,7 @@ def open_inputs(run: Run[PPOArguments]) -> PPOInputs:
     _check_best_metric(args, list(judges))
     if args.roles == "adapters":
         for reward in rewards:
-            refuse_other_base(reward.path, read_lineage(Path(reward.path)) or {}, parent.weights_sha256, parent.path)
+            check_same_base(reward.path, read_lineage(Path(reward.path)) or {}, parent.weights_sha256, parent.path)
     run.output.inputs = {
         "parent": parent.as_inputs(tokenizer),
         "chat_template": template_identity(args.chat_template),
@@ -120,7 +120,7 @@ def _check_processes(accelerator: Accelerator, args: Any) -> None:
 
 
 def _check_best_metric(args: Any, judges: Sequence[str]) -> None:
-    """`best_metric` names what evaluations will measure, or the run ends before it starts."""
+    """Refuse a `best_metric` that no evaluation measures."""
     parts = [*part_names(args.reward), *([DISAGREEMENT] if args.ensemble != "sum" else [])]
     known = ["score", *judges, *(f"score_{part}" for part in parts)]
     if args.best_metric is not None and args.best_metric not in known:

@@ -352,11 +352,11 @@ def measure_tokens(trainer: Any, rows: Any, rows_per_batch: int) -> tuple[float,
     """`token_nll` of packed rows over all processes: each takes every n-th batch, the sums are added."""
     state = trainer.accelerator
     batches = DataLoader(rows, batch_size=rows_per_batch, collate_fn=trainer.data_collator)
-    mine = (
+    own_batches = (
         batch if counts else {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
         for batch, counts in share_batches(batches, state)
     )
-    nll, tokens, hits = token_nll(trainer.model, mine, state.device)
+    nll, tokens, hits = token_nll(trainer.model, own_batches, state.device)
     total = torch.tensor([[nll, tokens, hits]], dtype=torch.float64)
     total = state.gather(total.to(state.device) if state.device.type != "mps" else total.float()).sum(0)
     return float(total[0]), int(total[1]), int(total[2])

@@ -433,7 +433,7 @@ def test_plain_transformers_loads_what_every_arrangement_leaves(policy: Path, tm
     def use(training: ppo.Training, run: Run[Any]) -> Any:
         ppo.train(training, run)
         batch = training.collector.batch(prompts, responses)
-        measured = training.collector.networks.measure(batch, with_values=True)
+        measured = training.collector.networks.compute_logprobs_and_values(batch, with_values=True)
         ppo.finish(training, run)
         return measured
 
