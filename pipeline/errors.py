@@ -65,7 +65,7 @@ def _disk_full(file: Path | None, folder: Path | None) -> str:
 
 
 def _needed(folder: Path | None) -> str:
-    """What a checkpoint takes, where one lies in the folder; of one that did not fit, what was written of it."""
+    """The size of a checkpoint in the folder, or of the part of one that was written before the disk was full."""
     sizes = {True: 0, False: 0}
     for checkpoint in folder.glob("checkpoint-*") if folder else []:
         size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())

@@ -1,4 +1,4 @@
-"""A causal LM that gives log-probabilities of chosen tokens, without logits of all positions."""
+"""A causal LM that computes log-probabilities of chosen tokens, without logits of all positions."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def load_scalar_model(path: str, quantization: str | None = None) -> PreTrainedM
         logger.setLevel(level)
 
 
-def refuse_other_heads(path: str) -> None:
+def check_one_score_head(path: str) -> None:
     """A reward model has exactly one label."""
     config = read_config(path)
     architectures = config.architectures or []

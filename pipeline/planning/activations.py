@@ -110,9 +110,9 @@ def peak_tracker() -> Any:
         def _update_peak_stats(
             self, peak_state: Any
         ) -> None:  # were it renamed, modules would be tracked again, no more
-            kept, self.memory_tracking = self.memory_tracking, type(self.memory_tracking)()
+            tracked, self.memory_tracking = self.memory_tracking, type(self.memory_tracking)()
             super()._update_peak_stats(peak_state)
-            self.memory_tracking = kept
+            self.memory_tracking = tracked
 
     return Peak()
 

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config.reader import load
 from pipeline.config.stages import STAGES, SUPPORT, recipe_stages
 from pipeline.errors import UserError
+from pipeline.models.loading import CONFIG_ERRORS, new_config, one_line, refusing_sizes
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.planning.advice import advice
 from pipeline.planning.devices import devices
@@ -120,15 +121,16 @@ def _model(name: str, recipe: Any, made: Mapping[str, Model]) -> Model:
         return Model(config, parameters(config, name == "reward"), _tokenizer(recipe.parent))
     tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     vocabulary = len(tokenizer) if tokenizer else recipe.train_tokenizer.vocab_size
-    config = getattr(transformers, recipe.config_class)(**{"vocab_size": vocabulary, **recipe.model_config})
-    return Model(config, parameters(config), tokenizer)
+    config = new_config(recipe.config_class, recipe.model_config, vocab_size=vocabulary)
+    with refusing_sizes(recipe.config_class):
+        return Model(config, parameters(config), tokenizer)
 
 
 def _config(path: str, complaint: str, remedy: str = "") -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{complaint} {path!r} ({str(error).splitlines()[0]}){remedy}") from error
+    except CONFIG_ERRORS as error:
+        raise UserError(f"{complaint} {path!r} ({one_line(error)}){remedy}") from error
 
 
 def _tokenizer(parent: str) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.algorithms.logprobs import sample_tokens, tempered_logits
+from pipeline.algorithms.seeds import row_seed
 from pipeline.data.collators import right_pad
 from pipeline.models.shrink import small_copy
 
@@ -75,7 +76,7 @@ def per_row_uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:
     """
     numbers = torch.empty(len(rows), length, dtype=torch.float64)
     for position, row in enumerate(rows):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + row * 7_919 + 12_345) % 2**63)
+        generator = torch.Generator().manual_seed(row_seed(seed, row))
         numbers[position] = torch.rand(length, generator=generator, dtype=torch.float64)
     return numbers
 

@@ -21,7 +21,7 @@ from pipeline.errors import UserError, shorten
 from pipeline.models.loading import set_pad
 from pipeline.models.networks import Autocast
 from pipeline.models.precision import cast_frozen_linears_to_bf16
-from pipeline.models.reward_model import load_scalar_model, refuse_other_heads, score_ids
+from pipeline.models.reward_model import check_one_score_head, load_scalar_model, score_ids
 from pipeline.models.tokenizers import load_tokenizer, require_pad, stop_token_ids
 from pipeline.models.trials import enable_packed_attention
 from pipeline.training.identity import tokenizer_hashes
@@ -165,7 +165,7 @@ def build_scorer(
 
 def _model_part(path: str, name: str, weight: float, setup: ScoringSetup) -> RewardPart:
     parent = verify_parent(path, REWARD_PARENTS)
-    refuse_other_heads(parent.path)
+    check_one_score_head(parent.path)
     tokenizer = load_tokenizer(parent.path)
     parent.check_tokenizer(tokenizer)
     require_pad(tokenizer, path)

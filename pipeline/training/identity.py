@@ -176,8 +176,8 @@ def run_fingerprint(stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, 
 
 def recipe_identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a recipe that decides the result: models and data count by content, not by where they lie."""
-    kept = {key: value for key, value in recipe.items() if key not in NOT_IDENTITY}
-    return {key: [_without_paths(entry) for entry in v] if isinstance(v, list) else v for key, v in kept.items()}
+    identifying = {key: value for key, value in recipe.items() if key not in NOT_IDENTITY}
+    return {key: [_without_paths(entry) for entry in v] if isinstance(v, list) else v for key, v in identifying.items()}
 
 
 def _without_paths(entry: Any) -> Any:
@@ -188,10 +188,10 @@ def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
     """Names of the entries that differ between two nested dicts."""
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return [name] if ours != theirs else []
-    found = []
+    differing = []
     for key in sorted(ours.keys() | theirs.keys(), key=str):
-        found += differences(ours.get(key), theirs.get(key), f"{name} {key}".strip())
-    return found
+        differing += differences(ours.get(key), theirs.get(key), f"{name} {key}".strip())
+    return differing
 
 
 def without_secrets(value: Any) -> Any:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.algorithms.ppo import RunningMoments
+from pipeline.errors import UserError
 from pipeline.training.checkpoints import BEST, writing
 from pipeline.training.json_files import write_json
 from pipeline.training.output_folder import StageOutput
@@ -48,6 +52,8 @@ class PPOState:
 def save_checkpoint(output: StageOutput, state: PPOState, tensors: Mapping[str, Any], processes: Processes) -> None:
     """A resumable checkpoint at a rollout's boundary, written beside and renamed into place.
 
+    The best networks until here are copied into it: those beside it may be of a later rollout when it is resumed.
+
     Args:
         tensors: state dictionaries by name; each process's random state is added.
     """
@@ -56,13 +62,20 @@ def save_checkpoint(output: StageOutput, state: PPOState, tensors: Mapping[str, 
         with writing(output.folder / f"checkpoint-{state.rollout}") as folder:
             torch.save({**tensors, "random": random}, folder / TENSORS)
             write_json(folder / STATE, asdict(state))
+            if state.best_rollout is not None:
+                shutil.copyfile(output.folder / BEST, folder / BEST)
             output.seal(folder)
         output.prune(output.recipe["keep_checkpoints"])
     processes.barrier()
 
 
 def load_checkpoint(checkpoint: Path, processes: Processes) -> dict[str, Any]:
-    """The tensors of a checkpoint on the CPU; this process's random state is set where the number of processes is the same."""
+    """The tensors of a checkpoint on the CPU; its best networks are put back beside it.
+
+    This process's random state is set where the number of processes is the same.
+    """
+    if processes.is_main and (checkpoint / BEST).is_file():
+        shutil.copyfile(checkpoint / BEST, checkpoint.parent / BEST)
     saved: dict[str, Any] = torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
     random = saved.pop("random")
     if len(random) == processes.count:
@@ -78,5 +91,16 @@ def save_best(folder: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def load_best(folder: Path) -> dict[str, Any]:
-    best: dict[str, Any] = torch.load(folder / BEST, map_location="cpu", weights_only=True)
+    """The networks that `save_best` kept.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        best: dict[str, Any] = torch.load(folder / BEST, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, struct.error) as error:
+        raise UserError(
+            "is missing or damaged; nothing else is lost: start the same command again, it resumes from the last checkpoint",
+            file=folder / BEST,
+        ) from error
     return best

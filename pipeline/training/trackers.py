@@ -69,9 +69,9 @@ def wandb_id(folder: Path) -> str:
     file = folder / WANDB_ID
     if file.is_file() and any(folder.glob("checkpoint-*")):
         return file.read_text(encoding="utf-8").strip()
-    found = secrets.token_hex(4)
-    file.write_text(found + "\n", encoding="utf-8")
-    return found
+    run_id = secrets.token_hex(4)
+    file.write_text(run_id + "\n", encoding="utf-8")
+    return run_id
 
 
 def log_samples(trackers: Sequence[Any], samples: Sequence[dict[str, Any]], step: int) -> None:

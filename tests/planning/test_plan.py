@@ -186,6 +186,20 @@ def test_numbers_and_names_out_of_range_are_one_line() -> None:
     )
 
 
+def test_sizes_that_make_no_model_are_one_line(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes/demo/pretrain.yaml").read_text(encoding="utf-8"))
+    for wrong, complaint in [
+        ({"initializer_range": "1e25"}, "model_config: LlamaConfig refuses these sizes: "),
+        ({"num_attention_heads": 0}, "model_config: LlamaConfig refuses these sizes: "),
+        ({"hidden_sizes": 8}, "model_config: LlamaConfig has no 'hidden_sizes'; did you mean 'hidden_size'?"),
+    ]:
+        changed = {**recipe, "model_config": {**recipe["model_config"], **wrong}}
+        (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
+        error = plan(tmp_path, "--gpu", "l4", code=2)
+        assert complaint in error
+        assert len(error.splitlines()) == 1
+
+
 def test_a_recipe_with_data_is_counted() -> None:
     found = plan("recipes/demo", "--gpu", "l4")["stages"]
     lines = (ROOT / "data_cards" / "demo_comparisons" / "train.jsonl").read_text(encoding="utf-8").splitlines()

@@ -133,8 +133,8 @@ def test_ppo_takes_exactly_the_steps_it_promises(chain: Path) -> None:
 def test_ppo_starts_on_policy(chain: Path) -> None:
     """In the first minibatch the policy is the one that sampled: log ratio 0, nothing clipped."""
     for row in _history(chain / "ppo"):
-        if "ratio_first_minibatch" in row:
-            assert row["ratio_first_minibatch"] < 1e-5
+        if "first_minibatch_log_ratio" in row:
+            assert row["first_minibatch_log_ratio"] < 1e-5
     first = next(row for row in _history(chain / "ppo") if row["step"] == 0)
     assert first["eval_kl"] == pytest.approx(0, abs=1e-5)
     assert first["eval_score"] == pytest.approx(first["eval_reference_score"])

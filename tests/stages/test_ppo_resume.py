@@ -87,7 +87,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert lineage(run / "out")["processes"] == processes
     for one, two in zip(runs[1], runs[2], strict=True):
         for name, value in one.items():
-            if name != "ratio_first_minibatch" and not name.endswith(("_loss", "clip_fraction")):
+            if name != "first_minibatch_log_ratio" and not name.endswith(("_loss", "clip_fraction")):
                 assert two[name] == pytest.approx(value, rel=5e-3, abs=2e-4), name
     first = [next(row for row in runs[n] if "kl_coef" in row) for n in (1, 2)]
     for name in ("score", "response_tokens", "stopped", "advantage_std", "value_loss", "value_grad_norm"):
