@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 import struct
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from pipeline.training.json_files import write_json
 from pipeline.training.output_folder import StageOutput
 from pipeline.training.processes import Processes
 
+import numpy as np
 import torch
 
 TENSORS, STATE = "tensors.pt", "state.json"
@@ -57,10 +59,10 @@ def save_checkpoint(output: StageOutput, state: PPOState, tensors: Mapping[str, 
     Args:
         tensors: state dictionaries by name; each process's random state is added.
     """
-    random = processes.gather(lambda: [torch.get_rng_state()])
+    states = processes.gather(lambda: [_random_states()])
     if processes.is_main:
         with writing(output.folder / f"checkpoint-{state.rollout}") as folder:
-            torch.save({**tensors, "random": random}, folder / TENSORS)
+            torch.save({**tensors, "random": states}, folder / TENSORS)
             write_json(folder / STATE, asdict(state))
             if state.best_rollout is not None:
                 shutil.copyfile(output.folder / BEST, folder / BEST)
@@ -77,10 +79,25 @@ def load_checkpoint(checkpoint: Path, processes: Processes) -> dict[str, Any]:
     if processes.is_main and (checkpoint / BEST).is_file():
         shutil.copyfile(checkpoint / BEST, checkpoint.parent / BEST)
     saved: dict[str, Any] = torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
-    random = saved.pop("random")
-    if len(random) == processes.count:
-        torch.set_rng_state(random[processes.rank])
+    states = saved.pop("random")
+    if len(states) == processes.count:
+        _set_random_states(states[processes.rank])
     return saved
+
+
+def _random_states() -> dict[str, Any]:
+    """The states that a reward function or judge may draw from, in types that torch loads without unpickling code."""
+    name, keys, *rest = np.random.get_state()
+    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def save_best(folder: Path, tensors: Mapping[str, Any]) -> None:
