@@ -143,7 +143,8 @@ def _some(names: Sequence[str]) -> str:
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The first line of an error of a library, for a message of one line."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = f"no entry {error}" if isinstance(error, KeyError) else str(error)  # a KeyError's text is the key alone
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

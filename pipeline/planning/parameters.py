@@ -23,13 +23,12 @@ EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk",
 class Parameters:
     """Parameters of a model.
 
-    total: all. active: those that one token passes through, less than all in a mixture of experts. embedding: of embedding
-    tables that are no LM head. linear: in linear layers. largest_layer: of the largest layer.
+    total: all. active: those that one token passes through, less than all in a mixture of experts.
+    linear: in linear layers. largest_layer: of the largest layer.
     """
 
     total: int
     active: int
-    embedding: int
     linear: int
     largest_layer: int
 
@@ -82,7 +81,7 @@ def _uniform(config: PreTrainedConfig) -> bool:
 def _parameters(key: ConfigKey, scalar: bool) -> Parameters:
     if _uniform(key.config) and (depth := layers_of(key.config)) > FEW_LAYERS[1]:
         one, two = (_parameters(ConfigKey(with_layers(key.config, n)), scalar) for n in FEW_LAYERS)
-        added = {name: getattr(two, name) - getattr(one, name) for name in ("total", "active", "embedding", "linear")}
+        added = {name: getattr(two, name) - getattr(one, name) for name in ("total", "active", "linear")}
         return Parameters(
             **{n: getattr(one, n) + (depth - 1) * more for n, more in added.items()}, largest_layer=one.largest_layer
         )
@@ -94,7 +93,6 @@ def _parameters(key: ConfigKey, scalar: bool) -> Parameters:
     return Parameters(
         total=total,
         active=round(total - routed * (1 - share_of_experts(key.config))),
-        embedding=_embedding_parameters(model, scalar),
         linear=_linear_parameters(model),
         largest_layer=max(
             (sum(p.numel() for p in layer.parameters()) for block in blocks for layer in block), default=0
@@ -114,14 +112,6 @@ def share_of_experts(config: PreTrainedConfig) -> float:
 
 def has_experts(config: PreTrainedConfig) -> bool:
     return any(EXPERTS in name for name in config.get_text_config().to_dict())
-
-
-def _embedding_parameters(model: Any, scalar: bool) -> int:
-    table = model.get_input_embeddings().weight
-    head = None if scalar else model.get_output_embeddings()
-    tied = head is not None and head.weight is table
-    others = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not table)
-    return (0 if tied else table.numel()) + sum(m.weight.numel() for m in others)
 
 
 def _linear_parameters(model: Any) -> int:
