@@ -1,4 +1,4 @@
-"""What no step of a stage can show: packages, trackers, sharding, room on the disk."""
+"""Checks outside the stage itself: packages, trackers, sharding, room on the disk."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _disk(name: str, args: Any) -> list[str]:
     try:
         config = own_config(args)
         size = parameters(config).total if config is not None else 0
-    except (UserError, RuntimeError, *CONFIG_ERRORS):  # the stage itself tells it
+    except (UserError, RuntimeError, *CONFIG_ERRORS):  # the stage itself reports it
         return []
     if config is None:
         return []

@@ -1,4 +1,4 @@
-"""How well scores agree with labelers, and how often one model's answers beat another's."""
+"""Agreement of scores with labelers, and win rates of one model's answers over another's, with intervals."""
 
 from __future__ import annotations
 

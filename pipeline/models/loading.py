@@ -149,8 +149,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def keep_router_logits_off(model: PreTrainedModel) -> None:
-    """Never leave `output_router_logits: true` in a configuration: the next stage would compute a loss that it did not ask
-    for. Whoever wants router logits asks for them in the call."""
+    """Set `output_router_logits: false` in a configuration; true would add the router's loss in the next stage."""
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False

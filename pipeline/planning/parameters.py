@@ -1,4 +1,4 @@
-"""How many parameters a model has, from its config alone: shapes are made on the meta device, nothing is allocated."""
+"""Numbers of a model's parameters, from its config alone: shapes are made on the meta device, nothing is allocated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(config: PreTrainedConfig, scalar: bool = False, dtype: torch.dtype = t
     if scalar:
         config.num_labels = 1
         config.get_text_config().pad_token_id = (
-            0  # a classifier of several rows asks for one; which, is no matter of size
+            0  # a classifier needs one for several rows; it does not change the size
         )
         return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -72,7 +72,7 @@ class ConfigKey:
 
 
 def _uniform(config: PreTrainedConfig) -> bool:
-    """Whether every layer is like every other, so that two models of few layers tell what each adds."""
+    """Whether all layers are alike, so that two models of few layers show what each layer adds."""
     kinds = getattr(config.get_text_config(), "layer_types", None) or ["all alike"]
     return len(set(kinds)) == 1 and not has_experts(config) and any(hasattr(config, name) for name in LAYER_NAMES)
 
