@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix, told in one line; everything else is a bug of ours and keeps its traceback."""
+"""Errors that the user can fix are printed as one line; every other exception is a bug of ours and keeps its traceback."""
 
 from __future__ import annotations
 

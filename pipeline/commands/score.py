@@ -77,7 +77,7 @@ def _records(source: Path, kind: str, columns: dict[str, str] | None) -> Iterato
 
 
 def _kind_and_rows(source: Path, columns: dict[str, str] | None) -> tuple[str, int]:
-    """What the file's first row is, and how many such rows it holds: all are checked before the model is loaded."""
+    """The kind of the file's first row, and the number of rows: all are checked before the model is loaded."""
     first = next(iter_records(source, lambda row: {"row": row}))["row"]
     try:
         renaming(PARSERS["ranking"], columns)(first)

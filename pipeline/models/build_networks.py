@@ -26,7 +26,7 @@ logger = logging.getLogger("pipeline.ppo")
 
 @dataclass(frozen=True)
 class NetworkInputs:
-    """What the networks are made from.
+    """The inputs of `build_networks`.
 
     args: the recipe. policy: folder of the policy. rewards: folders of the reward models, in the recipe's order.
     stop_ids: never forbidden, although they may be special tokens.

@@ -143,13 +143,13 @@ def _some(names: Sequence[str]) -> str:
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The first line of an error of a library, for a message of one line."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = f"no entry {error}" if isinstance(error, KeyError) else str(error)  # a KeyError's text is the key alone
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def keep_router_logits_off(model: PreTrainedModel) -> None:
-    """Never leave `output_router_logits: true` in a configuration: the next stage would compute a loss that it did not ask
-    for. Whoever wants router logits asks for them in the call."""
+    """Set `output_router_logits: false` in a configuration; true would add the router's loss in the next stage."""
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False

@@ -144,7 +144,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _new_modules(model: PreTrainedModel) -> list[str]:
-    """What a classifier has beyond its body, and an encoder's pooler, which a language model's folder lacks."""
+    """A classifier's modules beyond its body, and an encoder's pooler, which a language model's folder lacks."""
     body = getattr(model, model.base_model_prefix)
     new = [name for name, m in model.named_children() if m is not body and any(True for _ in m.parameters())]
     pooled = [

@@ -87,7 +87,7 @@ class Measurements:
 
 
 class Networks:
-    """What every arrangement of networks offers to PPO's loop.
+    """The interface of PPO's networks, however they share parameters.
 
     policy: what is trained and what samples.
     trained: the parameters of each optimizer, "policy" and "value".

@@ -133,7 +133,7 @@ def forward_scores(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def no_cache(model: nn.Module) -> dict[str, bool]:
-    """What tells a decoder to keep none; an encoder does not know the word."""
+    """The argument that turns a decoder's cache off; encoders do not accept it."""
     config = getattr(model, "module", model).config  # in DistributedDataParallel or not
     return {"use_cache": False} if hasattr(config, "use_cache") else {}
 

@@ -33,7 +33,7 @@ TOTALS = ("flops", "petaflop_s_days", "hours", "gpu_hours", "energy_kwh", "cost_
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What `rlhf plan` may be told (see its flags)."""
+    """The flags of `rlhf plan`."""
 
     recipe: str
     gpu: str
@@ -188,7 +188,7 @@ class StagePlan:
 
 
 def _plan_stage(stage: StagePlan, setting: Setting) -> dict[str, Any]:
-    """What one stage needs and costs, as plain data."""
+    """Memory, compute and time of one stage, as plain data."""
     here, refused = _sharded_as_supported(stage, setting)
     data = count_data(stage.name, stage.recipe, stage.model)
     work, memory = stage.work(data), stage.memory(stage.recipe, data, here)

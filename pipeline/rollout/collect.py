@@ -137,7 +137,7 @@ def scaled_scores(scores: Tensor, args: Any, moments: RunningMoments) -> Tensor:
 
 
 def score_metrics(samples: Sequence[Sample], args: Any) -> dict[str, float]:
-    """Means of the scores after the missing-EOS rule, before it, and of each part; and how far sampling and training differ."""
+    """Means of the scores after the missing-EOS rule, before it, and of each part; differences of sampling's log-probabilities from training's."""
     drift = [(s.logprobs - s.sampled_logprobs).abs() for s in samples]
     metrics = {
         "score": ruled_scores(samples, args).mean().item(),

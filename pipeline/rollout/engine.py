@@ -20,7 +20,7 @@ logger = logging.getLogger("pipeline")
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a sample depends on beside the model and the prompt.
+    """The settings of sampling.
 
     stop_ids: a response ends with the first of these. forbidden_ids: never sampled.
     rows: prompts that are answered together.
@@ -43,7 +43,7 @@ class SampledResponse:
 
 
 class Engine(Protocol):
-    """What answers prompts. The local engine runs the policy itself; another may ask a server that holds its weights."""
+    """Samples responses to prompts. The local engine runs the policy itself; another may ask a server that holds its weights."""
 
     def sample(self, model: Any, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor | None) -> list[SampledResponse]:
         """A response to each prompt; `uniforms` (prompts, tokens) in [0, 1) decide the samples, None takes the likeliest."""

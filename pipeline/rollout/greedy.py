@@ -29,7 +29,7 @@ def greedy_engine(model: Any, encoder: ChatEncoder, max_new_tokens: int) -> Loca
 
 @dataclass(frozen=True)
 class GreedyScore:
-    """What `best_metric: score` measures; records: demonstrations, whose prompts are answered."""
+    """The metric of `best_metric: score`; records: demonstrations, whose prompts are answered."""
 
     encoder: ChatEncoder
     scorer: Scorer

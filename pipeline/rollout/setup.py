@@ -1,4 +1,4 @@
-"""What a PPO run starts from and leaves: inputs opened and verified, networks and rewards built, the result saved."""
+"""Start and end of a PPO run: open and verify inputs, build networks and rewards, save the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What identifies a model and a run: the only place that says what makes two of them different.
+"""The identity of a model and of a run: the only place that decides whether two of them are the same.
 
 A model is its weights, config.json (with a reward model's offset), adapter, stop tokens, tokenizer and chat template.
 A run is its stage, its recipe without the keys that change no result and without paths, and the content of what it reads.
@@ -170,7 +170,7 @@ def _former_tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def run_fingerprint(stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """What identifies a run: stage, recipe, and the content of models, data and functions."""
+    """The identity of a run: a hash of stage, recipe, and the content of models, data and functions."""
     return sha256_json([stage, recipe_identity(recipe), inputs])
 
 

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     args = launch_command_parser().parse_args(list(argv))
-    for number in SIGNALS:  # the stage has got the signal too; its exit is waited for
+    for number in SIGNALS:  # the stage gets the signal too; wait for its exit
         signal.signal(number, lambda *_: None)
     try:
         launch_command(args)

@@ -122,7 +122,7 @@ class Parent:
             )
 
     def as_inputs(self, tokenizer: Any) -> dict[str, Any]:
-        """What makes it another parent; `tokenizer` is the one that lies in its folder."""
+        """The parent's identity; `tokenizer` is the one in its folder."""
         return as_inputs(self.identity, tokenizer)
 
     def record(self) -> dict[str, Any]:

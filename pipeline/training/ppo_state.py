@@ -1,4 +1,4 @@
-"""What a PPO run must remember, and its resumable checkpoints."""
+"""The state of a PPO run, and its resumable checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TENSORS, STATE = "tensors.pt", "state.json"
 
 @dataclass
 class PPOState:
-    """Everything of a run that is no tensor.
+    """The state of a run beside its tensors.
 
     rollout: rollouts done. policy_steps, value_steps: optimizer steps. flops: floating-point operations of training.
     moments: of the scores, for `scale_scores`. best: the best value of `best_metric`. ended: why the run ended early.

@@ -27,7 +27,7 @@ def installed(package: str) -> bool:
 
 
 def wandb_login() -> bool:
-    """Whether wandb knows who we are, or was told to stay offline."""
+    """Whether wandb has a log-in, or is set to offline."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path.home() / ".netrc"
