@@ -88,7 +88,11 @@ def load_checkpoint(checkpoint: Path, processes: Processes) -> dict[str, Any]:
 def _random_states() -> dict[str, Any]:
     """The states that a reward function or judge may draw from, in types that torch loads without unpickling code."""
     name, keys, *rest = np.random.get_state()
-    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+    }
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
