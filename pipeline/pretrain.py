@@ -20,7 +20,7 @@ from pipeline.data.packing import Chosen, Joined, lazy_dataset
 from pipeline.data.sources import fingerprint, read_sources
 from pipeline.evaluation.language import bits_per_byte, mean_loss, perplexity
 from pipeline.models.experts import set_router_loss
-from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond_context
+from pipeline.models.loading import check_context_length, load_causal_lm, new_causal_lm
 from pipeline.models.tokenizer_training import train_bpe, with_roles
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
 from pipeline.models.trials import isolates_packed_documents
@@ -63,7 +63,7 @@ def main(run: Run[PretrainArguments]) -> None:
     tokenizer = given or new_tokenizer(args, documents)
     if parent:
         model = load_causal_lm(parent.path)
-        refuse_beyond_context(model.config, args.block_tokens, "block_tokens")
+        check_context_length(model.config, args.block_tokens, "block_tokens")
     else:
         set_seed(args.seed)
         model = new_causal_lm(args.config_class, args.model_config, tokenizer, args.block_tokens)
