@@ -20,7 +20,7 @@ from pipeline.config.stages import SUPPORT
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
 from pipeline.data.comparisons import RankingSplit, labelers_of, split_rankings, stored_invalid_rankings, summary
-from pipeline.data.encoded_rankings import EncodedRanking, RankingOptions, RankingTable, TrainingRows, store_rankings
+from pipeline.data.encoded_rankings import RankingOptions, RankingTable, TrainingRows, store_rankings
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.mixing import mixture_indices
 from pipeline.data.packing import Chosen, Joined, lazy_dataset
@@ -158,10 +158,10 @@ class EncodedRankings:
     lengths: np.ndarray
     pairs: int
     held_out_tables: list[RankingTable]
-    held_out_labelers: Sequence[EncodedRanking]
+    held_out_labelers: Sequence[Any]
 
     @property
-    def held_out(self) -> Sequence[EncodedRanking]:
+    def held_out(self) -> Sequence[Any]:  # of EncodedRanking
         return Joined(self.held_out_tables)
 
 

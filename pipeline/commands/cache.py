@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     cache = DataCache(args.data_cache)
     if args.action == "clear":
-        entries, freed = cache.clear(args.older_than * DAY)
-        print(f"{entries} entries removed, {readable(freed)} freed in {cache.root}")
+        removed, freed = cache.clear(args.older_than * DAY)
+        print(f"{removed} entries removed, {readable(freed)} freed in {cache.root}")
         return 0
     entries = sorted(cache.entries(), key=lambda entry: -entry.used)
     table = Table("what", "rows", "size", "last read", title=str(cache.root), title_justify="left")

@@ -121,7 +121,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         return {}
 
     with pytest.raises(
-        UserError, match="disk of the data cache .* is full; free some space there or name another folder"
+        UserError, match=r"disk of the data cache .* is full; free some space there or name another folder"
     ):
         DataCache(tmp_path / "cache").entry("rows", {}, build)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["locks"]
