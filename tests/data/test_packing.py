@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pipeline.data.encoding import IGNORE
 from pipeline.data.packing import Chosen, Joined, join_examples, lazy_dataset, pack_documents, pack_examples
+from pipeline.data.progress import DataProgress
 
 import numpy as np
 from hypothesis import given, settings
@@ -87,3 +89,10 @@ def test_a_lazy_dataset_gives_rows_in_the_order_of_the_epoch() -> None:
     assert len(rows) == 3
     assert [row["input_ids"].tolist() for row in rows] == [[100, 101, 102], [0, 1, 2], [100, 101, 102]]
     assert [row["labels"].tolist() for row in rows.__getitems__([1, 2])] == [[IGNORE, 1, 2], [IGNORE, 101, 102]]
+
+
+def test_progress_says_rows_speed_and_time_left() -> None:
+    progress = DataProgress("encoding a.jsonl", total=1000)
+    list(progress.each(range(250)))
+    progress._started -= 5.0
+    assert re.fullmatch(r"encoding a\.jsonl: 250/1,000 rows, \d+ rows/s, 1\d s left", progress.line())
