@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config.sft import SFTArguments
 from pipeline.config.stages import SUPPORT
@@ -36,6 +37,7 @@ from pipeline.training.run import Run
 from pipeline.training.stage import launch
 from pipeline.training.trainer import (
     StageTrainer,
+    compute_labelled_logprobs_only,
     measure_tokens,
     prepare_trainer,
     save_trained,
@@ -44,7 +46,7 @@ from pipeline.training.trainer import (
 )
 
 import datasets
-from transformers import set_seed
+from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 logger = logging.getLogger("pipeline.sft")  # __name__ is __main__ under accelerate launch
@@ -133,6 +135,16 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
     """SFTTrainer on rows that are encoded and packed already, with our held-out measure."""
 
     greedy_score: GreedyScore | None = None
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.labelled_only = compute_labelled_logprobs_only(self)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss without its metrics of every step, which nothing reads."""
+        if not self.labelled_only:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return Trainer.compute_loss(self, model, {**inputs, "fused_lm_head": True}, *args, **kwargs)
 
     def measure(self) -> dict[str, float]:
         nll, tokens, hits = measure_tokens(self, self.eval_dataset, self.eval_rows)

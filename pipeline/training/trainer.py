@@ -91,7 +91,7 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
         weight_decay=args.weight_decay,
         adam_beta2=args.adam_beta2,
         max_grad_norm=args.max_grad_norm,
-        optim="adamw_8bit" if args.optimizer == "adamw_8bit" else "adamw_torch",
+        optim="adamw_8bit" if args.optimizer == "adamw_8bit" else "adamw_torch_fused",
         bf16=device_plan(accelerator_type(), args.precision).bf16,
         use_cpu=accelerator_type() == "cpu",
         logging_steps=args.logging_steps,
@@ -319,6 +319,26 @@ def prepare_trainer(trainer: Any, run: Run[Any]) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
+def compute_labelled_logprobs_only(trainer: Any) -> bool:
+    """Replace TRL's (1.16) LM head in a SFTTrainer's model: no logits of tokens without a label, no entropy, no top token.
+
+    TRL does the former on GPUs alone; `_use_triton` in trl.trainer.utils, which decides it, is private.
+
+    Returns:
+        whether it was replaced; if not (a router's loss, label smoothing or a loss of another kind), TRL's own is needed.
+    """
+    if trainer.aux_loss_enabled or trainer.label_smoother is not None or trainer.args.loss_type != "nll":
+        return False
+    from trl.trainer import utils
+
+    if not hasattr(utils, "_use_triton"):
+        raise RuntimeError("trl.trainer.utils has no _use_triton: another version of TRL than 1.16 is installed")
+    utils._use_triton = lambda _: True
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    utils.add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
+    return True
+
+
 def train(trainer: Any, run: Run[Any]) -> list[int]:
     """Train, resuming from the newest valid checkpoint; the weights to keep are then in `trainer.model`.
 
@@ -374,6 +394,8 @@ def save_whole(trainer: Any, tokenizer: Any) -> None:
 def save_trained(trainer: Any, tokenizer: Any, load_base: Callable[[], Any]) -> None:
     """The trained model to the output folder: all weights, or adapter and merged weights where adapters were trained.
 
+    Adapters' frozen base is gone afterwards.
+
     Args:
         load_base: loads the base in fp32, for merging; called on rank 0 alone.
     """
@@ -381,4 +403,7 @@ def save_trained(trainer: Any, tokenizer: Any, load_base: Callable[[], Any]) -> 
     if not isinstance(model, PeftModel):
         save_whole(trainer, tokenizer)
     elif trainer.is_world_process_zero():
+        for parameter in model.parameters():
+            if not parameter.requires_grad:  # so that the base, which is loaded again, is in memory once
+                parameter.data = parameter.data.new_empty(0)
         save_merged(model, load_base(), tokenizer, Path(trainer.args.output_dir))
