@@ -1,7 +1,8 @@
 """What the Trainer stages share: Trainer's settings from a recipe, sealed checkpoints, history, exact resume.
 
-All ties to the insides of transformers' Trainer (5.23) and TRL's trainers (1.16) are in this file, and in `RankingTrainer` of
-`pipeline/reward.py`; tests/training/test_trainer.py fails where a new version breaks one of them.
+All ties to the insides of transformers' Trainer (5.23) and TRL's trainers (1.16) are in this file, in `RankingTrainer` of
+`pipeline/reward.py` and in `DemonstrationTrainer` of `pipeline/sft.py`; tests/training/test_trainer.py fails where a new
+version breaks one of them.
 """
 
 from __future__ import annotations
@@ -317,26 +318,6 @@ def prepare_trainer(trainer: Any, run: Run[Any]) -> None:
     trainer.stage_callback = StageCallback(run, trainer)
     trainer.add_callback(trainer.stage_callback)
     trainer.remove_callback(PrinterCallback)
-
-
-def compute_labelled_logprobs_only(trainer: Any) -> bool:
-    """Replace TRL's (1.16) LM head in a SFTTrainer's model: no logits of tokens without a label, no entropy, no top token.
-
-    TRL does the former on GPUs alone; `_use_triton` in trl.trainer.utils, which decides it, is private.
-
-    Returns:
-        whether it was replaced; if not (a router's loss, label smoothing or a loss of another kind), TRL's own is needed.
-    """
-    if trainer.aux_loss_enabled or trainer.label_smoother is not None or trainer.args.loss_type != "nll":
-        return False
-    from trl.trainer import utils
-
-    if not hasattr(utils, "_use_triton"):
-        raise RuntimeError("trl.trainer.utils has no _use_triton: another version of TRL than 1.16 is installed")
-    utils._use_triton = lambda _: True
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    utils.add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
-    return True
 
 
 def train(trainer: Any, run: Run[Any]) -> list[int]:
