@@ -99,6 +99,7 @@ def main(run: Run[RewardArguments]) -> None:
     resumed = train(trainer, run)
 
     save_trained(trainer, tokenizer, load_base=lambda: load_scalar_model(parent.path))
+    run.round_saved_weights()  # before scores are measured
     run.processes.barrier()
     final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
     metrics: dict[str, Any] = {}

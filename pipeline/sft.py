@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config.sft import SFTArguments
 from pipeline.config.stages import SUPPORT
@@ -46,8 +47,10 @@ from pipeline.training.trainer import (
 )
 
 import numpy as np
-from transformers import set_seed
+from peft import PeftModel
+from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils
 
 logger = logging.getLogger("pipeline.sft")  # __name__ is __main__ under accelerate launch
 Example = tuple[list[int], list[int]]
@@ -135,6 +138,16 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
 
     greedy_score: GreedyScore | None = None
 
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.labelled_only = compute_labelled_logprobs_only(self)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss without its metrics of every step, which nothing reads."""
+        if not self.labelled_only:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return Trainer.compute_loss(self, model, {**inputs, "fused_lm_head": True}, *args, **kwargs)
+
     def measure(self) -> dict[str, float]:
         nll, tokens, hits = measure_tokens(self, self.eval_dataset, self.eval_rows)
         metrics = {
@@ -145,6 +158,24 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
         if self.greedy_score is not None:
             metrics["score"] = self.greedy_score.measure(self.model)
         return metrics
+
+
+def compute_labelled_logprobs_only(trainer: Any) -> bool:
+    """Replace TRL's (1.16) LM head in a SFTTrainer's model: no logits of tokens without a label, no entropy, no top token.
+
+    TRL does the former on GPUs alone; `_use_triton` in trl.trainer.utils, which decides it, is private.
+
+    Returns:
+        whether it was replaced; if not (a router's loss, label smoothing or a loss of another kind), TRL's own is needed.
+    """
+    if trainer.aux_loss_enabled or trainer.label_smoother is not None or trainer.args.loss_type != "nll":
+        return False
+    if not hasattr(utils, "_use_triton"):
+        raise RuntimeError("trl.trainer.utils has no _use_triton: another version of TRL than 1.16 is installed")
+    utils._use_triton = lambda _: True
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    utils.add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
+    return True
 
 
 @dataclass(frozen=True)

@@ -250,11 +250,9 @@ def _save_models(average: list[torch.Tensor] | None, collector: Collector, folde
     networks.save_value(folder / "value")
     folders = [folder]
     if average is not None:
-        trained = networks.trained["policy"]
-        current = [parameter.detach().clone() for parameter in trained]
-        _copy(trained, average)
+        _swap(networks.trained["policy"], average)
         networks.save_policy(folder / "ema")
-        _copy(trained, current)
+        _swap(networks.trained["policy"], average)
         folders.append(folder / "ema")
     for target in folders:
         tokenizer.save_pretrained(target)
@@ -262,7 +260,7 @@ def _save_models(average: list[torch.Tensor] | None, collector: Collector, folde
     tokenizer.save_pretrained(folder / "value")
 
 
-@torch.no_grad()
-def _copy(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Tensor]) -> None:
-    for parameter, tensor in zip(parameters, tensors, strict=True):
-        parameter.copy_(tensor)
+def _swap(parameters: Sequence[torch.nn.Parameter], tensors: list[torch.Tensor]) -> None:
+    """Exchange values, without a copy of either."""
+    for position, parameter in enumerate(parameters):
+        parameter.data, tensors[position] = tensors[position], parameter.data
