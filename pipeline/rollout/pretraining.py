@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,10 @@ class PretrainingText:
     collate: BlockCollator
     device: torch.device
 
+    @functools.cached_property
+    def _lengths(self) -> list[int]:
+        return [len(block["input_ids"]) for block in self.blocks]
+
     def accumulate_gradients(self, prompts: int, step: int) -> tuple[float, float]:
         """Add the gradients of ptx_coef × the mean negative log-likelihood of this step's tokens in all processes.
 
@@ -51,8 +56,7 @@ class PretrainingText:
         chosen = [self.epoch[i] for i in drawn]
         tokens = sum(label != IGNORE for i in chosen for label in self.blocks[i]["labels"][1:])
         total = torch.zeros(1, dtype=torch.float64)
-        lengths = [len(block["input_ids"]) for block in self.blocks]
-        for rows in microbatches(lengths, self.processes.share(chosen), args.micro_batch_tokens):
+        for rows in microbatches(self._lengths, self.processes.share(chosen), args.micro_batch_tokens):
             batch = {name: x.to(self.device) for name, x in self.collate([self.blocks[i] for i in rows]).items()}
             positions = batch["position_ids"] if self.isolated else None
             with self.plan.autocast():

@@ -113,6 +113,16 @@ def test_a_response_that_ended_anywhere_is_read_where_answers_are_trained_to_end
     assert encoder.response_ids("fine") == encoder.finished_ids([*text, encoder.eos_id], stops)
 
 
+def test_pad_in_the_parents_list_of_ends_is_no_end(tokenizer: Any) -> None:
+    """Qwen lists it so; pad is never sampled, and behind an answer it is padding."""
+    encoder, pad = ChatEncoder(tokenizer), tokenizer.pad_token_id
+    stops = stop_token_ids(encoder, SimpleNamespace(eos_token_id=[0, pad, 7]))
+    assert stops == [0, 7]
+    assert pad in forbidden_token_ids(tokenizer, len(tokenizer), stops)
+    with pytest.raises(UserError, match=r"stop_tokens: .* is this tokenizer's pad, which is never sampled"):
+        stop_token_ids(encoder, None, [tokenizer.pad_token])
+
+
 def test_the_saved_generation_config_stops_everywhere(tiny_lm: Any) -> None:
     model = copy.deepcopy(tiny_lm)
     set_stop_tokens(model, [0, 7])
