@@ -25,13 +25,35 @@ from pipeline.models.loading import fit_embeddings, set_pad
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+# A folder with none of these holds no tokenizer.
+TOKENIZER_FILES = frozenset(
+    (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+        "config.json",
+    )
+)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer.
+
+    Raises:
+        UserError: there is none, or its files are damaged.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not TOKENIZER_FILES.intersection(file.name for file in folder.iterdir()):
+        raise UserError(f"no tokenizer can be loaded from {path!r}: the folder holds none; name a model's folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # damaged files: of any type, and the tokenizers library raises Exception itself
+        reason = str(error).splitlines()[:1] if isinstance(error, OSError | ValueError) else []
+        what = reason[0] if reason else f"its files are damaged ({type(error).__name__}: {shorten(str(error))})"
+        raise UserError(f"no tokenizer can be loaded from {path!r}: {what}") from error
     return tokenizer
 
 

@@ -6,6 +6,7 @@ import ast
 import copy
 import random
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from helpers.launches import ROOT
 from pipeline.data.encoding import ChatEncoder
 from pipeline.errors import UserError
 from pipeline.models.tokenizer_training import train_tokenizer
-from pipeline.models.tokenizers import forbidden_token_ids, require_pad, set_stop_tokens, stop_token_ids
+from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, require_pad, set_stop_tokens, stop_token_ids
 
 import pytest
 from tokenizers import AddedToken
@@ -129,6 +130,28 @@ def test_the_saved_generation_config_stops_everywhere(tiny_lm: Any) -> None:
     assert model.generation_config.eos_token_id == [0, 7]
     set_stop_tokens(model, [0])
     assert model.generation_config.eos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer.json", "null"), ("tokenizer.json", "junk"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "No"}}'),
+        ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "null"), ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'), ("config.json", "[]"), ("config.json", "null"),
+    ],
+)  # fmt: skip
+def test_damaged_tokenizer_files_are_told_in_one_line(tokenizer: Any, tmp_path: Path, file: str, content: str) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=r"no tokenizer can be loaded from .*: .+") as refusal:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_without_a_tokenizer_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the folder holds none; name a model's folder"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_pad_apart_from_eos_is_required(tokenizer: Any) -> None:
