@@ -239,11 +239,16 @@ def _save_models(average: list[torch.Tensor] | None, collector: Collector, folde
     """Policy to `folder`, value model to `value/`, the policy's moving average to `ema/`; each loads in plain transformers."""
     networks, args = collector.networks, collector.args
     model, tokenizer = networks.policy.model, collector.encoder.tokenizer
-    model.generation_config.update(
+    # A new one, because the parent's may hold other rules of sampling (top_k, top_p, penalties) that PPO samples without.
+    model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=args.temperature,
+        top_k=0,  # generate() takes the 50 likeliest where nothing is said
+        top_p=1.0,
         max_new_tokens=args.max_response_tokens,
+        bos_token_id=model.generation_config.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=networks.policy.forbidden.tolist() or None,
     )
     set_stop_tokens(model, collector.stop_ids)
     networks.save_policy(folder)
