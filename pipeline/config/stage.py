@@ -18,6 +18,9 @@ class StageArguments:
 
     datasets: list[DatasetEntry] = key([], "the stage's data", group="Data")
     data_root: str = key(".", "what relative paths of datasets are relative to", path=True)
+    data_cache: str | None = key(
+        None, "folder of the data cache; default: $RLHF_DATA_CACHE, else ~/.cache/rlhf-pipeline/data", path=True
+    )
     held_out_fraction: float = key(0.02, "share of the prompts (or documents) kept for evaluation, by hash", 0, 0.9)
     output_dir: str = key(
         "", "folder that the stage fills; a folder of another finished run is refused", group="Run", path=True
