@@ -259,7 +259,7 @@ def test_the_loss_of_labelled_tokens_is_that_of_the_whole_rows(tmp_path: Path, t
     whole = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / 7
     trainer.model.zero_grad()
     whole.backward()
-    assert loss == pytest.approx(float(whole), rel=1e-6)
+    assert loss == pytest.approx(whole.item(), rel=1e-6)
     for one, parameter in zip(own, trainer.model.parameters(), strict=True):
         torch.testing.assert_close(one, parameter.grad, atol=1e-7, rtol=1e-5)
 
