@@ -174,7 +174,8 @@ def compute_labelled_logprobs_only(trainer: Any) -> bool:
         raise RuntimeError("trl.trainer.utils has no _use_triton: another version of TRL than 1.16 is installed")
     setattr(utils, "_use_triton", lambda _: True)  # noqa: B010 (its parameter's name is of no matter)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    utils.add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    utils.add_fused_lm_head(base)
     return True
 
 
