@@ -125,10 +125,10 @@ def _strength(raw: dict[str, Any], ranks: list[int | None], settings: Settings) 
 def _quality(value: Any, responses: int, settings: Settings) -> list[int | None]:
     if value in (None, []):
         return [None] * responses
-    if not settings.quality or not isinstance(value, list) or len(value) != responses:
-        raise Refused(422, "Quality has one number per answer, where it is asked for.")
-    if not all(item is None or _is_whole(item, 1, QUALITIES) for item in value):
-        raise Refused(422, f"Quality is a whole number from 1 to {QUALITIES}.")
+    if not isinstance(value, list) or len(value) != responses:
+        raise Refused(422, "Quality has one number per answer.")
+    if not all(item is None or (settings.quality and _is_whole(item, 1, QUALITIES)) for item in value):
+        raise Refused(422, f"Quality is a whole number from 1 to {QUALITIES}, where it is asked for.")
     return value
 
 

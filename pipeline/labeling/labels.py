@@ -145,6 +145,8 @@ def undo(store: Store, settings: Settings, labeler: int, label: int) -> int:
         if row["exported"]:
             raise Refused(409, "This label was exported already and cannot be changed any more. Tell the lead.")
         item = int(row["item"])
+        if not row["current"] and current_label(connection, labeler, item) is not None:
+            raise Refused(409, "This label was changed in the meantime. Load the page again.")
         if row["current"]:
             connection.execute("UPDATE labels SET current = 0 WHERE id = ?", (label,))
             shown = own_assignment(store, labeler, item).shown

@@ -100,6 +100,8 @@ def test_an_edit_replaces_what_it_says_it_replaces(tmp_path: Path) -> None:
     second = send(project, item, replaces=first, raw={"ranks": [1, 1]})
     with pytest.raises(Refused, match="already"):
         send(project, item, replaces=first)
+    with pytest.raises(Refused, match="changed in the meantime"):
+        undo(project.store, project.settings, number(project), first)
     assert [label["id"] for label in history(project.store, number(project))] == [second]
 
 

@@ -9,15 +9,15 @@ const drafts = new Drafts((text) => { at("saved").textContent = text; });
 const watch = new Stopwatch();
 const RETRY_MS = 3000;
 let work = { item: null, responses: [] }; // what the server gave
-let answer = null; // what the page holds
+let answer = answerFrom(null, 0); // what the page holds
 let current = 0; // the answer that keys are about
 let history = []; // own labels, the newest first
 let place = -1; // in `history`; -1: new work
-let saving = false;
+let busy = 0; // what runs with the server; the page waits for it
 
 const count = () => work.responses.length;
 const comparing = () => count() === 2;
-const locked = () => saving || work.item === null || Boolean(work.label?.exported);
+const locked = () => busy > 0 || work.item === null || Boolean(work.label?.exported);
 
 function complain(text) {
   at("message").textContent = text;
@@ -28,6 +28,7 @@ function complain(text) {
 
 async function load(item) {
   complain("");
+  busy++;
   await drafts.flush();
   try {
     const [next, own] = await Promise.all([request(item ? `/api/item?item=${item}` : "/api/item"), request("/api/history")]);
@@ -38,15 +39,18 @@ async function load(item) {
     complain(error instanceof Refused ? error.message : `No answer from the server (${error.message}). Trying again…`);
     if (!(error instanceof Refused)) setTimeout(() => load(item), RETRY_MS);
   }
+  busy--;
+  enable();
 }
 
 // Sends one submission, under one name, until the server has said yes or no.
 async function send(path, body) {
-  saving = true;
+  busy++;
   drafts.forget();
   enable();
   const submission = { ...body, item: work.item, request: newName(), seconds: watch.seconds(), replaces: work.label?.id ?? 0 };
   at("saved").textContent = "Saving…";
+  await drafts.running; // a draft that arrived after the label would count as a change of it
   for (;;) {
     try {
       await request(path, submission);
@@ -55,17 +59,17 @@ async function send(path, body) {
       if (error instanceof Refused) {
         complain(error.message);
         at("saved").textContent = "NOT saved";
-        saving = false;
-        enable();
-        return;
+        busy--;
+        return enable();
       }
       complain(`${error.message || "No connection."} Not saved yet; trying again. Keep this page open.`);
       await new Promise((done) => setTimeout(done, RETRY_MS));
     }
   }
-  saving = false;
   at("saved").textContent = "Saved";
   await load();
+  busy--;
+  enable();
 }
 
 function submit() {
@@ -85,7 +89,7 @@ function missing() {
 
 async function undo() {
   const label = place >= 0 ? history[place] : history[0];
-  if (saving || !label) return;
+  if (busy || !label) return;
   try {
     await drafts.flush();
     await request("/api/undo", { label: label.id });
@@ -98,7 +102,7 @@ async function undo() {
 
 function turn(step) {
   const next = Math.min(place + step, history.length - 1);
-  if (saving || next === place || next < -1) return;
+  if (busy || next === place || next < -1) return;
   load(next < 0 ? undefined : history[next].item);
 }
 
@@ -170,9 +174,9 @@ function enable() {
   const strength = at("strength");
   if (strength) for (const input of strength.querySelectorAll("input")) input.disabled = locked() || !["a", "b"].includes(choiceOf(answer));
   at("submit").disabled = at("skip").disabled = locked();
-  at("back").disabled = saving || place + 1 >= history.length;
-  at("forward").disabled = saving || place < 0;
-  at("undo").disabled = saving || !history.length || Boolean((place >= 0 ? history[place] : history[0]).exported);
+  at("back").disabled = busy > 0 || place + 1 >= history.length;
+  at("forward").disabled = busy > 0 || place < 0;
+  at("undo").disabled = busy > 0 || !history.length || Boolean((place >= 0 ? history[place] : history[0]).exported);
   at("submit").firstChild.textContent = place >= 0 ? "Save change " : "Save ";
 }
 
