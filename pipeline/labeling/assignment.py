@@ -54,7 +54,7 @@ def current_assignment(store: Store, settings: Settings, labeler: int) -> Assign
     item = row["item"] if row else _next_item(store, settings, labeler)
     if item is None:
         return None
-    with store.transaction() as connection:
+    with store.transaction(durable=False) as connection:  # a label that is confirmed later brings it to the disk
         give(store, settings, labeler=labeler, item=item)
         recount_slots(connection, settings.overlap, item)
     return own_assignment(store, labeler, item)
@@ -153,7 +153,7 @@ def _release_expired(store: Store, settings: Settings) -> None:
     ).fetchall()
     if not expired:
         return
-    with store.transaction() as connection:
+    with store.transaction(durable=False) as connection:
         connection.executemany(
             "UPDATE assignments SET state = 'expired' WHERE item = ? AND labeler = ?", [tuple(row) for row in expired]
         )

@@ -167,7 +167,7 @@ def save_draft(store: Store, labeler: int, item: int, draft: Any) -> None:
     text = json.dumps(draft)
     if len(text) > MAX_DRAFT_CHARACTERS:
         raise Refused(413, "The draft is too long to be kept.")
-    with store.transaction() as connection:
+    with store.transaction(durable=False) as connection:
         connection.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?, ?)", (item, labeler, text))
 
 

@@ -60,7 +60,12 @@ def serve(folder: Path, address: Address, say: Callable[[str], None]) -> None:
         _announce(project, url, say)
         app = make_app(project, address.public_url)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            timeout_keep_alive=75,
         )
         uvicorn.Server(config).run(sockets=[listening])
 

@@ -141,8 +141,14 @@ class Store:
         return self._clock.now()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of the block or nothing of it; on the disk when the block has ended."""
+    def transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """All of the block or nothing of it.
+
+        Args:
+            durable: on the disk when the block has ended. Otherwise it survives the end of the process at once, and a loss of
+                power from the next durable transaction on: the log is one sequence.
+        """
+        self.connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         self.connection.execute("BEGIN IMMEDIATE")
         try:
             yield self.connection
@@ -151,6 +157,8 @@ class Store:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
             raise
+        finally:
+            self.connection.execute("PRAGMA synchronous = FULL")
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[sqlite3.Connection]:

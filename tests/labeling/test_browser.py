@@ -69,7 +69,9 @@ def page_of(browser: Any, url: str, token: str, **options: Any) -> Iterator[Watc
 
 def wait_done(page: Any, count: int) -> None:
     wait_shown(page, f"{count} done")
-    page.wait_for_function("() => !document.getElementById('submit').disabled || !document.getElementById('empty').hidden")
+    page.wait_for_function(
+        "() => !document.getElementById('submit').disabled || !document.getElementById('empty').hidden"
+    )
 
 
 def wait_shown(page: Any, text: str) -> None:
@@ -85,7 +87,9 @@ def accessible(page: Any) -> None:
     (source,) = Path(axe.__file__).parent.rglob("axe.min.js")
     page.evaluate(source.read_text(encoding="utf-8"))
     found = page.evaluate("() => axe.run()")["violations"]
-    serious = [(fault["id"], fault["nodes"][0]["html"][:200]) for fault in found if fault["impact"] in ("serious", "critical")]
+    serious = [
+        (fault["id"], fault["nodes"][0]["html"][:200]) for fault in found if fault["impact"] in ("serious", "critical")
+    ]
     assert not serious
 
 
