@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix, told in one line; everything else is a bug of ours and keeps its traceback."""
+"""Errors that the user can fix are printed as one line; every other exception is a bug of ours and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _disk_full(file: Path | None, folder: Path | None) -> str:
 
 
 def _needed(folder: Path | None) -> str:
-    """What a checkpoint takes, where one lies in the folder; of one that did not fit, what was written of it."""
+    """The size of a checkpoint in the folder, or of the part of one that was written before the disk was full."""
     sizes = {True: 0, False: 0}
     for checkpoint in folder.glob("checkpoint-*") if folder else []:
         size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())

@@ -22,12 +22,13 @@ from typing import Any
 
 from pipeline.algorithms.kl import adapt_kl_coef, k2, k3
 from pipeline.algorithms.ppo import clipped_policy_losses, clipped_value_losses
+from pipeline.algorithms.seeds import epoch_seed, rollout_seed
 from pipeline.config.ppo import PPOArguments
 from pipeline.data.batching import microbatches, seeded_order
 from pipeline.models.networks import Networks
 from pipeline.rollout.alarms import Alarms, warn_of_missing_eos_score
-from pipeline.rollout.collect import Collector, score_metrics, trained_scores
-from pipeline.rollout.evaluation import Evaluation, HeldOutEvaluation, is_new_best, reason_to_end
+from pipeline.rollout.collect import Collector, ruled_scores, scaled_scores, score_metrics
+from pipeline.rollout.evaluation import Evaluation, HeldOutEvaluation, reason_to_end, record_if_best
 from pipeline.rollout.pretraining import PretrainingText
 from pipeline.rollout.prompts import Prompt, PromptSet
 from pipeline.rollout.rollout import Rollout, build_rollout, rollout_metrics, whiten_advantages
@@ -59,7 +60,7 @@ def main(run: Run[PPOArguments]) -> None:
 
 @dataclass
 class Training:
-    """A PPO run that is ready to train: what it reads, samples with and learns with."""
+    """A PPO run that is ready to train."""
 
     inputs: PPOInputs
     prompts: PromptSet
@@ -68,7 +69,7 @@ class Training:
     learner: Learner
     state: PPOState
     log: PPOLog
-    resumed: list[int]
+    resumed_from: list[int]
 
 
 def prepare(run: Run[PPOArguments], inputs: PPOInputs) -> Training:
@@ -88,7 +89,7 @@ def prepare(run: Run[PPOArguments], inputs: PPOInputs) -> Training:
 
 
 def train(training: Training, run: Run[PPOArguments]) -> None:
-    """All rollouts from where the state stands, with evaluations and checkpoints between them."""
+    """Run the remaining rollouts, with evaluations and checkpoints between them."""
     args, state, learner, log = run.args, training.state, training.learner, training.log
     alarms = Alarms(args.max_grad_norm, "bf16" if training.collector.plan.bf16 else "fp32")
     with log.progress(state.rollout) as bar:
@@ -122,26 +123,28 @@ def train(training: Training, run: Run[PPOArguments]) -> None:
 def collect_rollout(collector: Collector, prompts: list[Prompt], state: PPOState) -> tuple[Rollout, dict[str, float]]:
     """Sample a response to each prompt, score it, and compute KL-penalised rewards, advantages and returns."""
     args, start = collector.args, time.perf_counter()
-    samples = collector.collect(prompts, args.seed * 1_000_003 + state.rollout)
+    samples = collector.collect(prompts, rollout_seed(args.seed, state.rollout))
     if state.rollout == 0:
         warn_of_missing_eos_score(samples, args)
-    scores = trained_scores(samples, args, state.moments)
-    penalty = state.kl_coef if args.kl_estimator == "k1" else 0.0  # k2 is a loss beside the policy's
-    rollout = build_rollout(samples, scores, penalty, args)
+    scores = ruled_scores(samples, args)
+    if args.scale_scores == "running":
+        state.moments.update(scores)
+    reward_kl_coef = state.kl_coef if args.kl_estimator == "k1" else 0.0  # k2 is a loss beside the policy's
+    rollout = build_rollout(samples, scaled_scores(scores, args, state.moments), reward_kl_coef, args)
     metrics = score_metrics(samples, args) | rollout_metrics(rollout)
     metrics["seconds_collect"] = time.perf_counter() - start
     tokens = sum(len(sample.prompt_ids) + len(sample.ids) for sample in samples)
-    state.flops += 2.0 * tokens * sum(collector.networks.parameters.values())
+    state.flops += 2.0 * tokens * sum(collector.networks.parameter_counts.values())
     return whiten_advantages(rollout) if args.whiten_advantages else rollout, metrics
 
 
 def evaluate(training: Training, run: Run[PPOArguments]) -> Evaluation:
-    """An evaluation during training: samples to file, the best networks kept, and whether the run ends here."""
+    """Evaluate during training: write samples, save the networks if they are the best so far, decide whether the run ends."""
     args, state = run.args, training.state
     evaluation = training.evaluation.evaluate(training.prompts.held_out[: args.eval_prompts])
     training.log.samples(state.rollout, evaluation.samples)
-    if is_new_best(evaluation.metrics, args, state) and run.is_main:
-        save_best(Path(args.output_dir), training.learner.best_state_dict())
+    if record_if_best(evaluation.metrics, args, state) and run.is_main:
+        save_best(Path(args.output_dir), training.learner.weights())
     state.ended = reason_to_end(evaluation.metrics, args, state)
     return evaluation
 
@@ -151,16 +154,27 @@ def finish(training: Training, run: Run[PPOArguments]) -> None:
     args, state = run.args, training.state
     if state.best_rollout is not None:
         run.processes.barrier()
-        training.learner.load_best_state_dict(load_best(Path(args.output_dir)))
+        training.learner.load_weights(load_best(Path(args.output_dir)))
     evaluation = training.evaluation.evaluate(training.prompts.held_out)
-    save_result(training, run, evaluation)
+    save_result(
+        run,
+        training.inputs,
+        training.collector,
+        state=state,
+        evaluation=evaluation,
+        average=training.learner.average,
+        resumed_from=training.resumed_from,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ learning
 
 
 class Learner:
-    """Updates policy and value model on rollouts: two optimizers, each with its own schedule, counted in its own steps."""
+    """Updates policy and value model on rollouts: two optimizers, each with its own schedule.
+
+    A schedule counts the rollouts in which its network is trained.
+    """
 
     def __init__(
         self,
@@ -209,10 +223,8 @@ class Learner:
         for name in trained:
             self.schedules[name].step()
         if "policy" in trained:
-            metrics["ratio_first_minibatch"] = steps[0]["ratio_max_log"]
-            metrics["ratio_max_log"] = max(
-                step["ratio_max_log"] for step in steps
-            )  # not a mean: one is enough to alarm
+            metrics["first_minibatch_log_ratio"] = steps[0]["max_log_ratio"]
+            metrics["max_log_ratio"] = max(step["max_log_ratio"] for step in steps)  # not a mean: one token may alarm
             self._average_policy()
             if args.kl_control == "adaptive":
                 state.kl_coef = adapt_kl_coef(
@@ -223,7 +235,7 @@ class Learner:
     def minibatches(self, sequences: int, epoch: int) -> Iterator[list[int]]:
         """The sequences of each optimizer step of an epoch, the same in every process."""
         size = sequences // self.args.minibatches
-        order = seeded_order((self.args.seed * 1_000_003 + self.state.rollout) * 1_009 + epoch, sequences)
+        order = seeded_order(epoch_seed(self.args.seed, self.state.rollout, epoch), sequences)
         for start in range(0, sequences, size):
             yield order[start : start + size]
 
@@ -235,11 +247,11 @@ class Learner:
             metrics["ptx_loss"] = loss
             self.state.flops += flops
         self.processes.sum_gradients(p for name in trained for p in self.networks.trained[name])
-        self._refuse_nonfinite(metrics, minibatch, "the loss")
+        self._check_finite(metrics, minibatch, "the loss")
         for name in trained:
             norm = nn.utils.clip_grad_norm_(self.networks.trained[name], self.args.max_grad_norm)
             metrics[f"{name}_grad_norm"] = norm.item()
-            self._refuse_nonfinite({"norm": norm.item()}, minibatch, f"{name}'s gradient")
+            self._check_finite({"norm": norm.item()}, minibatch, f"{name}'s gradient")
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
         self.state.policy_steps += "policy" in trained
@@ -256,21 +268,23 @@ class Learner:
         """
         args, sums = self.args, MetricSums()
         tokens, value_tokens = int(minibatch.lengths.sum()), int(minibatch.value_lengths.sum())
-        lengths = [len(p) + len(r) for p, r in zip(minibatch.prompt_ids, minibatch.response_ids, strict=True)]
+        sequence_tokens = [len(p) + len(r) for p, r in zip(minibatch.prompt_ids, minibatch.response_ids, strict=True)]
         own_sequences = self.processes.share(range(len(minibatch)))
-        for rows in microbatches(lengths, own_sequences, args.micro_batch_tokens):
-            part = minibatch.select(rows)
-            batch = self.collector.batch(part.prompt_ids, part.response_ids)
-            part = part.to(self.collector.device)
+        for rows in microbatches(sequence_tokens, own_sequences, args.micro_batch_tokens):
+            micro_batch = minibatch.select(rows)
+            inputs = self.collector.batch(micro_batch.prompt_ids, micro_batch.response_ids)
+            micro_batch = micro_batch.to(self.collector.device)
             self.networks.accumulate_gradients(
-                batch,
-                partial(policy_loss, rollout=part, args=args, kl_loss_coef=kl_loss_coef, tokens=tokens, sums=sums)
+                inputs,
+                partial(
+                    policy_loss, rollout=micro_batch, args=args, kl_loss_coef=kl_loss_coef, tokens=tokens, sums=sums
+                )
                 if "policy" in trained
                 else None,
-                partial(value_loss, rollout=part, args=args, tokens=value_tokens, sums=sums),
+                partial(value_loss, rollout=micro_batch, args=args, tokens=value_tokens, sums=sums),
             )
-        parameters = sum(self.networks.parameters[name] for name in trained)
-        self.state.flops += 6.0 * sum(lengths) * parameters
+        parameters = sum(self.networks.parameter_counts[name] for name in trained)
+        self.state.flops += 6.0 * sum(sequence_tokens) * parameters
         return sums.over(self.processes, self.collector.device)
 
     def _average_policy(self) -> None:
@@ -278,7 +292,7 @@ class Learner:
             with torch.no_grad():
                 get_ema_multi_avg_fn(self.args.ema_decay)(self.average, self.networks.trained["policy"], None)
 
-    def _refuse_nonfinite(self, metrics: dict[str, float], minibatch: Rollout, what: str) -> None:
+    def _check_finite(self, metrics: dict[str, float], minibatch: Rollout, what: str) -> None:
         if all(map(math.isfinite, metrics.values())):
             return
         path = Path(self.args.output_dir) / "nonfinite_batch.pt"
@@ -290,20 +304,22 @@ class Learner:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {**self.optimizers, **{f"{name}_schedule": s for name, s in self.schedules.items()}}
-        return {**self.best_state_dict(), **{name: part.state_dict() for name, part in parts.items()}}
+        state = self.weights()
+        for name, optimizer in self.optimizers.items():
+            state |= {name: optimizer.state_dict(), f"{name}_schedule": self.schedules[name].state_dict()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.load_best_state_dict(state)
+        self.load_weights(state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
             self.schedules[name].load_state_dict(state[f"{name}_schedule"])
 
-    def best_state_dict(self) -> dict[str, Any]:
-        """What the best evaluation keeps: the networks, and the policy's moving average."""
+    def weights(self) -> dict[str, Any]:
+        """The networks and the policy's moving average: what is kept of the best evaluation."""
         return {"networks": self.networks.state_dict(), "average": self.average}
 
-    def load_best_state_dict(self, state: dict[str, Any]) -> None:
+    def load_weights(self, state: dict[str, Any]) -> None:
         self.networks.load_state_dict(state["networks"])
         for average, tensor in zip(self.average or [], state["average"] or [], strict=True):
             average.copy_(tensor)
@@ -331,7 +347,7 @@ def policy_loss(
     sums.add(
         tokens, policy_loss=losses, clip_fraction=clipped, entropy=entropy, ratio=log_ratio.exp(), update_kl=update_kl
     )
-    sums.largest("ratio_max_log", log_ratio.abs())
+    sums.largest("max_log_ratio", log_ratio.abs())
     if kl_loss_coef:
         losses = losses + kl_loss_coef * k2(logprobs, rollout.ref_logprobs)
     return losses.sum() / tokens

@@ -19,7 +19,7 @@ from pipeline.data.sources import fingerprint, read_sources, split_texts
 from pipeline.errors import UserError
 from pipeline.evaluation.language import bits_per_byte, mean_loss, perplexity
 from pipeline.models.experts import set_router_loss
-from pipeline.models.loading import load_causal_lm, new_causal_lm, refuse_beyond_context
+from pipeline.models.loading import check_context_length, load_causal_lm, new_causal_lm
 from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
 from pipeline.models.trials import isolates_packed_documents
@@ -62,7 +62,7 @@ def main(run: Run[PretrainArguments]) -> None:
     tokenizer = given or _new_tokenizer(args, [text for training, _ in texts for text in training])
     if parent:
         model = load_causal_lm(parent.path)
-        refuse_beyond_context(model.config, args.block_tokens, "block_tokens")
+        check_context_length(model.config, args.block_tokens, "block_tokens")
     else:
         set_seed(args.seed)
         model = new_causal_lm(args.config_class, args.model_config, tokenizer, args.block_tokens)

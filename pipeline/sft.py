@@ -19,7 +19,7 @@ from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.splits import split_records
 from pipeline.errors import UserError
 from pipeline.evaluation.language import mean_loss, perplexity
-from pipeline.models.loading import keep_router_logits_off, load_causal_lm, refuse_beyond_context
+from pipeline.models.loading import check_context_length, keep_router_logits_off, load_causal_lm
 from pipeline.models.lora import lora_config
 from pipeline.models.tokenizers import (
     complete_chat_model,
@@ -68,7 +68,7 @@ def main(run: Run[SFTArguments]) -> None:
 
     set_seed(args.seed)
     model = load_causal_lm(parent.path, args.quantization)
-    refuse_beyond_context(model.config, args.max_tokens, "max_tokens")
+    check_context_length(model.config, args.max_tokens, "max_tokens")
     encoder, notes = complete_chat_model(tokenizer, model, args.chat_template, args.output_dir)
     stop_ids = stop_token_ids(encoder, model.generation_config)
     set_stop_tokens(model, stop_ids)
@@ -136,14 +136,14 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
 
     def measure(self) -> dict[str, float]:
         nll, tokens, hits = measure_tokens(self, self.eval_dataset, self.eval_rows)
-        found = {
+        metrics = {
             "perplexity": perplexity(nll, tokens),
             "loss": mean_loss(nll, tokens),
             "token_accuracy": hits / max(tokens, 1),
         }
         if self.greedy_score is not None:
-            found["score"] = self.greedy_score.measure(self.model)
-        return found
+            metrics["score"] = self.greedy_score.measure(self.model)
+        return metrics
 
 
 @dataclass(frozen=True)

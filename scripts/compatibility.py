@@ -69,17 +69,17 @@ def templates() -> dict[str, Any]:
     """Tokenizers with every template that is tried, by name."""
     texts = [f"My kettle number {i} is broken. We will send a new one, customer {i}." for i in range(200)]
     base = train_tokenizer(texts, 400)
-    found = {name: with_family(base, name) for name in FAMILIES}
-    found["plain, for models without a template"] = _without_template(base)
+    tokenizers = {name: with_family(base, name) for name in FAMILIES}
+    tokenizers["plain, for models without a template"] = _without_template(base)
     spaced = spaced_tokenizer()
     spaced.chat_template = FAMILIES["mistral"].template
-    found["mistral on a SentencePiece tokenizer"] = spaced
+    tokenizers["mistral on a SentencePiece tokenizer"] = spaced
     for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja")):
         tokenizer = copy.deepcopy(base)
         tokenizer.chat_template = path.read_text(encoding="utf-8")
         _add_control_tokens(tokenizer)
-        found[f"trl: {path.stem}"] = tokenizer
-    return found
+        tokenizers[f"trl: {path.stem}"] = tokenizer
+    return tokenizers
 
 
 def _without_template(base: Any) -> Any:

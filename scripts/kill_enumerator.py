@@ -277,8 +277,8 @@ def result(folder: Path) -> dict[str, Any]:
 def difference(folder: Path, expected: dict[str, Any]) -> str | None:
     if not (folder / "lineage.json").is_file():
         return "not finished"
-    found = result(folder)
-    return ", ".join(key for key in expected if found[key] != expected[key]) or None
+    actual = result(folder)
+    return ", ".join(key for key in expected if actual[key] != expected[key]) or None
 
 
 def enumerate_kills(work: Path, stage: str, variant: str, sample: int | None, seed: int) -> tuple[int, int]:

@@ -180,7 +180,7 @@ def _(original: Any, scores: Any, logprobs: Any, ref_logprobs: Any, lengths: Any
 def _(original: Any, lengths: Any, score_after_response: bool) -> Any:
     return original(lengths, False)
 
-@mutation("the reference is the policy of the moment", NETWORKS + "SeparateNetworks.measure", DETAILS + "test_plain_transformers_loads_what_every_arrangement_leaves[separate]")
+@mutation("the reference is the policy of the moment", NETWORKS + "SeparateNetworks.compute_logprobs_and_values", DETAILS + "test_plain_transformers_loads_what_every_arrangement_leaves[separate]")
 def _(original: Any, self: Any, batch: Any, with_values: bool) -> Any:
     measured = original(self, batch, with_values)
     return dataclasses.replace(measured, ref_logprobs=measured.logprobs)
@@ -325,15 +325,15 @@ def _(original: Any, self: Any, prompts: int, step: int) -> Any:
 def _(original: Any, self: Any) -> None:
     original(with_args(self, ema_decay=1 - self.args.ema_decay) if self.args.ema_decay else self)
 
-@mutation("the moving average is the last rollout's, not the best one's", PPO + "Learner.load_best_state_dict", DETAILS + "test_the_average_of_the_best_rollout_is_kept")
+@mutation("the moving average is the last rollout's, not the best one's", PPO + "Learner.load_weights", DETAILS + "test_the_average_of_the_best_rollout_is_kept")
 def _(original: Any, self: Any, state: Any) -> None:
     self.networks.load_state_dict(state["networks"])
 
-@mutation("the best rollout is the worst", "pipeline.rollout.evaluation:is_new_best", DETAILS + "test_the_best_rollout_is_kept")
+@mutation("the best rollout is the worst", "pipeline.rollout.evaluation:record_if_best", DETAILS + "test_the_best_rollout_is_kept")
 def _(original: Any, metrics: Any, args: Any, state: Any) -> bool:
     return bool(original({name: -value for name, value in metrics.items()}, args, state))
 
-@mutation("a judge that says NaN is the best", "pipeline.rollout.evaluation:is_new_best", DETAILS + "test_a_judge_that_says_nan_is_never_the_best")
+@mutation("a judge that says NaN is the best", "pipeline.rollout.evaluation:record_if_best", DETAILS + "test_a_judge_that_says_nan_is_never_the_best")
 def _(original: Any, metrics: Any, args: Any, state: Any) -> bool:
     return bool(original({n: 1e9 if math.isnan(value) else value for n, value in metrics.items()}, args, state))
 
@@ -351,7 +351,7 @@ def _(original: Any, self: Any, adapter: str | None) -> Any:
 def _(original: Any, self: Any, adapter: str) -> None:
     self.peft.set_adapter(adapter)
 
-@mutation("shared backbone: the value's gradient stops at its head", NETWORKS + "SharedBackboneNetworks._values", ARRANGEMENTS + "test_gradients_are_those_of_the_losses_by_finite_differences[shared_trunk]")
+@mutation("shared trunk: the value's gradient stops at its head", NETWORKS + "SharedTrunkNetworks._values", ARRANGEMENTS + "test_gradients_are_those_of_the_losses_by_finite_differences[shared_trunk]")
 def _(original: Any, self: Any, hidden: Any, batch: Any) -> Any:
     return original(self, hidden.detach(), batch)
 
@@ -413,9 +413,9 @@ def resolve(target: str) -> tuple[Any, str, Any]:
 
 def apply(bug: Mutation) -> None:
     """Replace a target in its owner, and in every module of the pipeline or the tests that imported it by name."""
-    owner, name, found = resolve(bug.target)
-    static = isinstance(found, staticmethod)
-    original = found.__func__ if static else found
+    owner, name, target = resolve(bug.target)
+    static = isinstance(target, staticmethod)
+    original = target.__func__ if static else target
 
     @functools.wraps(original)
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -424,7 +424,7 @@ def apply(bug: Mutation) -> None:
     setattr(owner, name, staticmethod(wrong) if static else wrong)
     for module in our_modules():
         for other, value in list(vars(module).items()):
-            if value is found:
+            if value is target:
                 setattr(module, other, wrong)
 
 

@@ -63,12 +63,12 @@ def check_data(
         assert encoder is not None
         return len(encoder.prompt_ids(prompt)), [len(encoder.response_ids(response)) for response in responses]
 
-    found = {"file": str(path), **statistics.result(count_tokens if encoder else None)}
-    found["against"] = [statistics.against(other, _prompts(Path(other))) for other in against]
+    summary = {"file": str(path), **statistics.result(count_tokens if encoder else None)}
+    summary["against"] = [statistics.against(other, _prompts(Path(other))) for other in against]
     if as_json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
     else:
-        _print_statistics(found)
+        _print_statistics(summary)
     return 0
 
 
@@ -87,39 +87,41 @@ def _prompts(path: Path) -> Iterator[tuple[int, str]]:
         yield record["line"], prompt_text(record["prompt"])
 
 
-def _print_statistics(found: dict[str, Any]) -> None:
+def _print_statistics(summary: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    table = Table("", "", title=found["file"], show_header=False, title_justify="left")
+    table = Table("", "", title=summary["file"], show_header=False, title_justify="left")
 
     def share(part: float | None, whole: float | None = None) -> str:
         return "—" if part is None or whole == 0 else f"{part / whole if whole else part:.1%}"
 
-    rows, pairs = found["rows"], found["pairs"]
-    table.add_row("rows", f"{rows:,}, {found['trainable']:,} of them trainable with ties dropped")
-    table.add_row("prompts", f"{found['prompts']:,} distinct; {found['multi_turn']:,} rows hold several turns")
-    named = found["labelers"]
+    rows, pairs = summary["rows"], summary["pairs"]
+    table.add_row("rows", f"{rows:,}, {summary['trainable']:,} of them trainable with ties dropped")
+    table.add_row("prompts", f"{summary['prompts']:,} distinct; {summary['multi_turn']:,} rows hold several turns")
+    named = summary["labelers"]
     shown = ", ".join(f"{name} {count:,}" for name, count in list(named.items())[:8])
     more = f", … {len(named) - 8} more" if len(named) > 8 else ""
-    unnamed = f"; {found['unnamed_labeler_rows']:,} rows name none" if found["unnamed_labeler_rows"] else ""
+    unnamed = f"; {summary['unnamed_labeler_rows']:,} rows name none" if summary["unnamed_labeler_rows"] else ""
     table.add_row("labelers", (f"{len(named)}: {shown}{more}" if named else "none named") + (unnamed if named else ""))
-    sizes = ", ".join(f"K={size}: {count:,}" for size, count in found["responses_per_row"].items())
+    sizes = ", ".join(f"K={size}: {count:,}" for size, count in summary["responses_per_row"].items())
     table.add_row("responses per row", sizes)
-    ties = f"{found['tied_pairs']:,} tied ({share(found['tied_pairs'], pairs)}), in {found['rows_with_ties']:,} rows"
+    ties = (
+        f"{summary['tied_pairs']:,} tied ({share(summary['tied_pairs'], pairs)}), in {summary['rows_with_ties']:,} rows"
+    )
     table.add_row("pairs", f"{pairs:,}; {ties}")
-    for reason, problem in found["problems"].items():
+    for reason, problem in summary["problems"].items():
         lines = ", ".join(map(str, problem["lines"][:8])) + (", …" if problem["rows"] > 8 else "")
         table.add_row("[yellow]untrainable[/]", f"{problem['rows']:,} × {reason} (lines {lines})")
-    if "confidence" in found:
-        c = found["confidence"]
+    if "confidence" in summary:
+        c = summary["confidence"]
         table.add_row(
             "confidence", f"{c['rows']:,} rows, {c['lowest']:g} to {c['highest']:g}, half of them below {c['median']:g}"
         )
-    length = found["mean_characters"]
+    length = summary["mean_characters"]
     table.add_row("characters", f"prompt {length['prompt']:.0f}, response {length['response']:.0f} on average")
-    longer = found["longer_wins"]
+    longer = summary["longer_wins"]
     table.add_row("length bias", f"the longer response wins {share(longer['share'])} of {longer['pairs']:,} pairs")
-    if "tokens" in found:
-        tokens = found["tokens"]
+    if "tokens" in summary:
+        tokens = summary["tokens"]
         p, r, both = (tokens[key] for key in ("prompt", "response", "prompt_and_longest_response"))
         table.add_row(
             "tokens",
@@ -127,20 +129,20 @@ def _print_statistics(found: dict[str, Any]) -> None:
             f"together at most {both['longest']:.0f}; in a sample of {tokens['sampled_rows']:,} rows, "
             f"where the longer wins {share(tokens['longer_wins'])}",
         )
-    if found["best_position"]:
+    if summary["best_position"]:
         places = ", ".join(
             f"{place}: {item['rows']:,} (by chance {item['expected']:,.0f})"
-            for place, item in found["best_position"].items()
+            for place, item in summary["best_position"].items()
         )
         table.add_row("place of the best", places)
-    table.add_row("agreement", _agreement_text(found["agreement"], share))
-    near = found["near_duplicates"]
+    table.add_row("agreement", _agreement_text(summary["agreement"], share))
+    near = summary["near_duplicates"]
     table.add_row(
         "near-duplicates",
         f"{near['pairs']:,} pairs of prompts alike to {near['similarity']:.0%}, {near['across_splits']:,} of them across "
         f"the hash split; among {near['sampled_prompts']:,} prompts" + _lines(near["lines"]),
     )
-    for other in found["against"]:
+    for other in summary["against"]:
         table.add_row(
             "[yellow]against[/]" if other["same_prompt"] else "against",
             f"{other['file']}: {other['same_prompt']:,} of {other['rows']:,} rows hold a prompt of this file, "

@@ -52,7 +52,7 @@ class CheckedRun(Run[Any]):
 
 @dataclasses.dataclass
 class Checked:
-    """What the stages before have shown."""
+    """Results of the stages checked so far."""
 
     scratch: Path
     outputs: dict[str, Path] = dataclasses.field(default_factory=dict)  # output_dir → a small model in its place

@@ -92,7 +92,7 @@ def _checked_lineage(folder: Path) -> dict[str, Any] | None:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """What differs between two lineages of one stage, by heading: name to [first, second]."""
+    """Differences between two lineages of one stage, by heading: name to [first, second]."""
     sections = {
         "recipe": _differ(_without_places(a["recipe"]), _without_places(b["recipe"])),
         "data": _differ(_datasets(a), _datasets(b)),

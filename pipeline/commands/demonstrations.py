@@ -25,7 +25,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class BestOfOptions:
-    """What `rlhf best-of` is told."""
+    """The flags of `rlhf best-of`."""
 
     policy: str
     reward: Sequence[RewardSource]

@@ -1,7 +1,7 @@
 """`rlhf check RECIPE --dry-run`: one real step of every stage, hand-offs included, with a shrunk model of the same class.
 
 Each stage runs as it will run, from its own recipe, in a process of its own; only sizes and counts are small. Rows are the recipe's own
-where they are here, else those of a data card, and that is said. What a step cannot show is looked at beside it: packages, trackers,
+where they are here, else those of a data card, and the output says so. What a step cannot show is checked beside it: packages, trackers,
 sharding, disk.
 """
 

@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pipeline.models.precision import gpu_count
+
     folder = Path(args.recipe)
     stages = recipe_stages(folder)
     chosen = chosen_stages(stages, args)
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         for name in stages
     }
     moved = {_folder(recipes[name].get("output_dir")): outputs[name] for name in stages}
-    command, environment = launch_command(args, visible_gpus())
+    command, environment = launch_command(args, gpu_count())
     for name in chosen:
         flags = {"config": [str(folder / f"{name}.yaml")], **stage_flags(recipes[name], moved, args)}
         if args.parent and name == chosen[0]:
@@ -150,12 +152,6 @@ def _folder(path: str | None) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- launching
-
-
-def visible_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def launch_command(args: argparse.Namespace, gpus: int) -> tuple[list[str], dict[str, str]]:

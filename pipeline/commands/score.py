@@ -53,11 +53,10 @@ def score_file(file: str, reward: str, output: str | None = None, columns: Seque
     if target.resolve() == source.resolve():
         raise UserError("--output is the input; name another file", file=target)
     kind, rows = _kind_and_rows(source, column_map(columns))
+    from pipeline.models.precision import accelerator_type
     from pipeline.rollout.rewards import TextScorer
 
-    import torch
-
-    scorer = TextScorer(reward, "cuda" if torch.cuda.is_available() else "cpu")
+    scorer = TextScorer(reward, accelerator_type())
     done = _resume(target, {"file_sha256": sha256_file(source), "reward": scorer.identity})
     records = itertools.islice(_records(source, kind, column_map(columns)), done, None)
     batches = iter(lambda: list(itertools.islice(records, ROWS)), [])
@@ -78,7 +77,7 @@ def _records(source: Path, kind: str, columns: dict[str, str] | None) -> Iterato
 
 
 def _kind_and_rows(source: Path, columns: dict[str, str] | None) -> tuple[str, int]:
-    """What the file's first row is, and how many such rows it holds: all are checked before the model is loaded."""
+    """The kind of the file's first row, and the number of rows: all are checked before the model is loaded."""
     first = next(iter_records(source, lambda row: {"row": row}))["row"]
     try:
         renaming(PARSERS["ranking"], columns)(first)

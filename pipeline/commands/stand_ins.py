@@ -25,11 +25,13 @@ CARDS = {
 
 def own_config(args: Any) -> Any:
     """The config of the stage's own model, where it is not an earlier stage's."""
+    from pipeline.models.loading import new_config
+
     import transformers
 
     if getattr(args, "config_class", None) and args.parent is None:
         vocabulary = args.train_tokenizer.vocab_size if args.train_tokenizer else 32_000
-        return getattr(transformers, args.config_class)(**{"vocab_size": vocabulary, **args.model_config})
+        return new_config(args.config_class, args.model_config, vocab_size=vocabulary)
     if args.parent and Path(args.parent).is_dir():
         return transformers.AutoConfig.from_pretrained(args.parent)
     return None
@@ -74,14 +76,16 @@ class Parents:
 
     def _config(self, path: str, target: Path, warnings: list[str]) -> Any:
         """The parent's config; its tokenizer, or one that stands in, is saved to `target`."""
+        from pipeline.models.loading import CONFIG_ERRORS, one_line
+
         import transformers
 
         try:
             config = transformers.AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except CONFIG_ERRORS as error:
             if Path(path).exists() or path.startswith((".", "/", "runs/")):
                 raise UserError(
-                    f"parent {path!r}: {str(error).splitlines()[0]}; run the stage that writes it, or correct the path"
+                    f"parent {path!r}: {one_line(error)}; run the stage that writes it, or correct the path"
                 ) from error
             warnings.append(
                 f"{path} cannot be reached, so its class and tokenizer were not tried; a small Llama stood in"

@@ -1,4 +1,4 @@
-"""What no step of a stage can show: packages, trackers, sharding, room on the disk."""
+"""Checks outside the stage itself: packages, trackers, sharding, room on the disk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.commands.stand_ins import own_config
 from pipeline.config.stages import check_sharding
 from pipeline.errors import UserError
+from pipeline.models.loading import CONFIG_ERRORS
 from pipeline.planning.parameters import parameters
 from pipeline.training.launcher import accelerate_config
 from pipeline.training.trackers import installed, wandb_login
@@ -46,11 +47,11 @@ def _disk(name: str, args: Any) -> list[str]:
     """A warning where the stage's weights and checkpoints would not fit on the disk that it writes to."""
     try:
         config = own_config(args)
-    except (UserError, OSError, ValueError):
+        size = parameters(config).total if config is not None else 0
+    except (UserError, RuntimeError, *CONFIG_ERRORS):  # the stage itself reports it
         return []
     if config is None:
         return []
-    size = parameters(config).total
     networks = 2 if name == "ppo" else 1  # policy and value
     needed = ADAM_BYTES * size * networks * (args.keep_checkpoints + 1)  # one more is being written
     needed += 4 * size * networks

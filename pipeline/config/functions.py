@@ -1,4 +1,4 @@
-"""Python functions that a recipe names as `module:function`: rewards, judges, the truth of a simulation."""
+"""Python functions that a recipe names as `module:function`: rewards, judges, the noiseless preferences of a simulation."""
 
 from __future__ import annotations
 

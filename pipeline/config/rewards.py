@@ -1,4 +1,4 @@
-"""What scores a response: a reward model or a Python function, with a weight."""
+"""One source of a reward: a reward model or a Python function, with a weight."""
 
 from __future__ import annotations
 

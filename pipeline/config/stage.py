@@ -14,7 +14,7 @@ TRACKERS = ("wandb", "tensorboard", "trackio", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class StageArguments:
-    """What every stage's recipe may say."""
+    """The keys that every stage has."""
 
     datasets: list[DatasetEntry] = key([], "the stage's data", group="Data")
     data_root: str = key(".", "what relative paths of datasets are relative to", path=True)

@@ -24,7 +24,7 @@ SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED
 
 @dataclass(frozen=True, kw_only=True)
 class Support:
-    """What a stage takes, and where it runs."""
+    """The rows, parents and sharding that a stage supports."""
 
     rows: str  # kind of its records, a key of `data.records.PARSERS`
     parents: tuple[str, ...]  # stages whose output it starts from

@@ -25,7 +25,7 @@ class LoraOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerArguments(StageArguments):
-    """What pretrain, SFT and reward share."""
+    """The keys that pretrain, SFT and reward share."""
 
     optimizer: Literal["adamw", "adamw_8bit"] = key(
         "adamw", "adamw_8bit: bitsandbytes' 8-bit states", group="Optimization"
@@ -73,7 +73,7 @@ def _names(options: Any) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterArguments(TrainerArguments):
-    """What SFT and reward share: a parent, its template, and the memory savers."""
+    """The keys that SFT and reward share: a parent, its template, and ways to save memory."""
 
     parent: str = key("", "folder or Hub id of the model to start from", group="Model", path=True)
     chat_template: str | None = key(

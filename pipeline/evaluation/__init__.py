@@ -1,1 +1,1 @@
-"""What a finished model is worth: answers, judges, win rates, plots and the report's page."""
+"""The report of a finished run: answers, judges, win rates, plots and the page."""

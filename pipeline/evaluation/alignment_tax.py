@@ -1,4 +1,4 @@
-"""What alignment cost elsewhere: each stage's perplexity on the text that pretraining held out."""
+"""Alignment tax: each stage's perplexity on the text that pretraining held out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every stage answers to the same held-out prompts."""
+"""The answers of every stage to the same held-out prompts."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def sample_answers(sampler: Sampler, prompts: Sequence[Record]) -> ModelAnswers:
 
 
 def as_answers(sampler: Sampler, prompts: Sequence[Record], response_ids: Sequence[Sequence[int]]) -> ModelAnswers:
-    """Responses to prompts, whoever sampled them, with what judges need."""
+    """Responses to prompts, with what judges need."""
     answers = Answers(
         prompts=[record["prompt"] for record in prompts],
         prompt_ids=[sampler.encoder.prompt_ids(record["prompt"]) for record in prompts],
@@ -121,7 +121,7 @@ def as_answers(sampler: Sampler, prompts: Sequence[Record], response_ids: Sequen
 
 
 def variety(answers: ModelAnswers) -> dict[str, float]:
-    """How varied a model's answers are, within and among themselves, how long, and how many ended."""
+    """Metrics of a model's answers: variety within and among them, length, share that ended."""
     lengths = answers.lengths
     return {
         "distinct_2": distinct_n(answers.texts, 2),

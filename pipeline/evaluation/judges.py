@@ -40,7 +40,7 @@ Scores = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class TrainingReward:
-    """What a PPO recipe trains on."""
+    """The reward of a PPO recipe."""
 
     sources: list[RewardSource]
     ensemble: str = "sum"
@@ -181,7 +181,7 @@ def _is_folder(judge: str) -> bool:
 
 
 def trusted_folders(run: Path, recipe_dir: str | None = None) -> list[Path]:
-    """Whose code a run's folder may name: `--recipe`, the current folder (unless the run holds it), recipes that ship.
+    """Folders whose code a run's folder may name: `--recipe`, the current folder (unless the run holds it), recipes that ship.
 
     Raises:
         UserError: `recipe_dir` is no folder.
@@ -215,7 +215,7 @@ def import_trusted(name: str, folders: Sequence[Path]) -> RewardFunction:
 
 
 def _training_reward(run: RunFolder, trusted: Sequence[Path], given: Sequence[str]) -> TrainingReward | None:
-    """What the run's PPO trained on; None, with a note, where its code is not to be trusted or not here."""
+    """The reward that the run's PPO trained on; None, with a note, where its code is missing or outside the trusted folders."""
     recipe = run.recipe("ppo")
     if not recipe:
         return None

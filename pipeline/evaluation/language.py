@@ -1,4 +1,4 @@
-"""How well a language model predicts text."""
+"""Perplexity and bits per byte of a language model."""
 
 from __future__ import annotations
 

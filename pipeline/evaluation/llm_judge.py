@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 from pipeline.errors import UserError
 from pipeline.evaluation.preference import Interval, bootstrap_interval, length_controlled
 from pipeline.models.loading import load_causal_lm
+from pipeline.models.precision import accelerator_type
 from pipeline.models.tokenizers import assign_template, load_tokenizer
 
 import httpx
 import numpy as np
-import torch
 
 KEY = "RLHF_JUDGE_API_KEY"  # environment variables; keys are read from nowhere else and written nowhere
 KEYS = (KEY, "OPENAI_API_KEY")
@@ -225,7 +225,7 @@ def choice_in(reply: str) -> str:
 
 
 class LocalJudge:
-    """A causal LM of a folder or the Hub; says the letter that it holds more likely, so every reply is one."""
+    """A causal LM of a folder or the Hub. Its verdict is the more likely of the two letters, so no reply is unclear."""
 
     def __init__(self, path: str, rows: int = 8):
         self.tokenizer: Any = load_tokenizer(path)
@@ -233,7 +233,7 @@ class LocalJudge:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # masked, so any token does
         self.model: Any = load_causal_lm(path).eval()
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(accelerator_type())
         self.rows = rows
         self.letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in "AB"]
         if self.letters[0] == self.letters[1]:

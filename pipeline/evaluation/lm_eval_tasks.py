@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
-
-import torch
+from pipeline.models.precision import accelerator_type
 
 
 def require_lm_eval() -> None:
@@ -36,7 +35,6 @@ def task_scores(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     manager = TaskManager(include_path=tasks_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
@@ -45,7 +43,7 @@ def task_scores(
         )
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for stage in stages:
-        model = HFLM(pretrained=str(folder / stage), batch_size=8, device=device)
+        model = HFLM(pretrained=str(folder / stage), batch_size=8, device=accelerator_type())
         for task in tasks:
             try:
                 results = lm_eval.simple_evaluate(

@@ -68,7 +68,7 @@ class Plot:
 
 
 def stage_curves(folder: Path, stage: str) -> list[Plot]:
-    """What a stage logged, over its steps."""
+    """The metrics that a stage logged, over its steps."""
     rows = history.read(folder)
     drawn = []
     for title, unit, keys in CURVES[stage]:
@@ -86,7 +86,7 @@ def _is_number(value: Any) -> bool:
 
 
 def reward_model_plots(metrics: dict[str, Any]) -> list[Plot]:
-    """What a reward model's scores mean: calibration, labelers against their own noise, length."""
+    """Plots of a reward model: calibration, labelers against their own noise, length."""
     drawn: list[Plot] = []
     if "calibration" in metrics:
         series: Series = {"perfect": [(0.5, 0.5), (1.0, 1.0)]}

@@ -1,4 +1,4 @@
-"""How well scores agree with labelers, and how often one model's answers beat another's."""
+"""Agreement of scores with labelers, and win rates of one model's answers over another's, with intervals."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class WinRate:
         return {**asdict(self), "ci95": list(self.ci95)}
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0, groups: Sequence[Any] | None = None) -> Interval:
+def bootstrap_interval(values: np.ndarray, groups: Sequence[Any] | None = None) -> Interval:
     """95 % interval of a mean of shares in [0, 1], by resampling rows, or whole groups where rows of a group depend on
     each other.
 
     Rows that are all 0 or all 1 have nothing to resample: the exact binomial bound (Clopper and Pearson 1934) is given,
     for which a group counts once.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if groups is None:
         sums, sizes = values, np.ones_like(values)
     else:

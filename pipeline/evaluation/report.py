@@ -37,7 +37,7 @@ SAMPLES = 24  # prompts that the page shows
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What `rlhf report` may be told (see its flags)."""
+    """The flags of `rlhf report`."""
 
     judges: Sequence[str] = ()
     recipe_dir: str | None = None
@@ -199,7 +199,7 @@ def _judge_order(panel: JudgePanel, scores: dict[str, Scores]) -> list[str]:
 
 
 def _meanings(run: RunFolder, panel: JudgePanel) -> dict[str, str]:
-    """What each number called by a judge's name is."""
+    """The kind of each judge's number."""
     meanings = dict.fromkeys(panel.independent, "independent: training never saw it")
     if panel.reward is not None:
         parts = " + ".join(

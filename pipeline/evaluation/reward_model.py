@@ -1,4 +1,4 @@
-"""What a reward model's scores mean: agreement with labelers, calibration, biases, and probes of what moves a score."""
+"""Evaluation of a reward model: agreement with labelers, calibration, biases, and probes of what changes a score."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def calibration(pairs: ScoredPairs, tie_margin: float = 0.0) -> dict[str, Any]:
 
 
 def length_bias(pairs: ScoredPairs) -> dict[str, Any]:
-    """Does the score follow the length? Correlations, and accuracy where length cannot tell."""
+    """Length bias: correlations of score and length, and accuracy on pairs of similar length."""
     rows = list(zip(pairs.rows, pairs.scores, pairs.prompt_of_row.tolist(), strict=True))
     length = np.array([n for row, _, _ in rows for n in response_lengths(row)], float)
     score = np.array([s for _, scores, _ in rows for s in scores], float)
@@ -186,7 +186,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 @torch.no_grad()
 def sensitivity(model: Any, pad_id: int, pairs: ScoredPairs, vocabulary: int) -> dict[str, Any]:
-    """What must not move a score, and what must (Stiennon et al. 2020, appendix).
+    """Edits that must not change a score, and edits that must (Stiennon et al. 2020, appendix).
 
     edited_after_eos: the largest change of the score read at a response's end when other tokens follow it.
     swapped_prompts: the best response of each prompt after the next prompt instead: share whose score falls, mean change.
@@ -274,7 +274,7 @@ def evaluate_reward_model(
 
 
 def _noise_ceiling(truth: Truth, everyone: ScoredPairs, count: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy of the truth itself against the labelers' noisy choices.
+    """Accuracy of the noiseless preferences against the labelers' noisy choices.
 
     Args:
         everyone: rankings of labelers who were trained on, then those of held-out labelers.

@@ -1,4 +1,4 @@
-"""How varied texts are, and how far one model is from another on its own samples."""
+"""Variety of texts, and the KL divergence of one model from another on its own samples."""
 
 from __future__ import annotations
 

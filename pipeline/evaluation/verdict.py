@@ -1,4 +1,4 @@
-"""What a run's numbers say, in sentences, the bad news too: the first thing that a reader of the report sees."""
+"""The verdict of a report: sentences on its numbers, good and bad, at the top of the page."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Finding:
 
 
 def verdict(report: dict[str, Any]) -> list[Finding]:
-    """Everything that a reader must know of a report, in reading order: what limits it, what was won by independent
-    judges and by the training reward, what it cost, and how far the reward can be trusted."""
+    """The findings of a report in reading order: its limits, win rates by independent judges and by the training reward,
+    losses elsewhere, and the reward model's quality."""
     parts = (_limits, _wins, _over_optimisation, _agreement, _tax, _answers, _reward_model)
     return [finding for part in parts for finding in part(report)]
 

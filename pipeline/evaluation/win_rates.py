@@ -1,4 +1,4 @@
-"""How often one model's answers beat another's, and how far the judges agree with the reward."""
+"""Win rates of one model's answers over another's, and agreement of the judges with the reward."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class AdapterNetworks(Networks):
     ):
         super().__init__(autocast)
         self.base_path, self.reward_path = base_path, reward_path or ""
-        self.parameters = {name: size_of(base) for name in ("policy", "reference", "value")}
+        self.parameter_counts = {name: size_of(base) for name in ("policy", "reference", "value")}
         reward = read_adapter(reward_path) if reward_path else None
         config = lora_config(base, options, "CAUSAL_LM")
         for adapter in (config, *([reward[0]] if reward else [])):
@@ -138,7 +138,7 @@ class AdapterNetworks(Networks):
             value_loss(values).backward()
 
     @torch.no_grad()
-    def measure(self, batch: ResponseBatch, with_values: bool) -> Measurements:
+    def compute_logprobs_and_values(self, batch: ResponseBatch, with_values: bool) -> Measurements:
         where = (batch.sequences, batch.token_positions, batch.tokens)
         with self.autocast():
             with self.active(POLICY):

@@ -11,9 +11,9 @@ from pipeline.data.encoding import ChatEncoder
 from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.language_model import LanguageModel
-from pipeline.models.loading import load_causal_lm, refuse_beyond_context
+from pipeline.models.loading import check_context_length, load_causal_lm
 from pipeline.models.lora import read_adapter
-from pipeline.models.networks import Networks, SeparateNetworks, SharedBackboneNetworks, zero_value
+from pipeline.models.networks import Networks, SeparateNetworks, SharedTrunkNetworks, zero_value
 from pipeline.models.precision import DevicePlan, cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import load_scalar_model
 from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, require_rows
@@ -26,7 +26,7 @@ logger = logging.getLogger("pipeline.ppo")
 
 @dataclass(frozen=True)
 class NetworkInputs:
-    """What the networks are made from.
+    """The inputs of `build_networks`.
 
     args: the recipe. policy: folder of the policy. rewards: folders of the reward models, in the recipe's order.
     stop_ids: never forbidden, although they may be special tokens.
@@ -50,14 +50,14 @@ def build_networks(inputs: NetworkInputs, plan: DevicePlan, device: torch.device
     policy = load_causal_lm(inputs.policy, args.quantization)
     require_rows(inputs.encoder.tokenizer, policy, inputs.policy)
     tokens = args.max_prompt_tokens + args.max_response_tokens
-    refuse_beyond_context(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
-    arrangements = {"separate": _separate, "shared_trunk": _shared_backbone, "adapters": _adapters}
+    check_context_length(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
+    arrangements = {"separate": _separate, "shared_trunk": _shared_trunk, "adapters": _adapters}
     networks = arrangements[args.roles](inputs, policy, plan, device)
     takes_packed = [enable_packed_attention(model) for model in networks.models()]  # all are tried
     networks.packed = all(takes_packed)
     if not networks.packed:
         logger.warning("ppo: %s takes padded sequences only; its padding is computed too", type(policy).__name__)
-    if plan.cast_frozen_to_bf16 and isinstance(networks, SeparateNetworks | SharedBackboneNetworks):
+    if plan.cast_frozen_to_bf16 and isinstance(networks, SeparateNetworks | SharedTrunkNetworks):
         cast_frozen_linears_to_bf16(networks.reference)  # after packed attention was tried in fp32
     return networks
 
@@ -74,11 +74,9 @@ def _separate(inputs: NetworkInputs, policy: Any, plan: DevicePlan, device: torc
     return SeparateNetworks(_language_model(policy, inputs, device), reference, value, plan.autocast)
 
 
-def _shared_backbone(
-    inputs: NetworkInputs, policy: Any, plan: DevicePlan, device: torch.device
-) -> SharedBackboneNetworks:
+def _shared_trunk(inputs: NetworkInputs, policy: Any, plan: DevicePlan, device: torch.device) -> SharedTrunkNetworks:
     reference = _language_model(load_causal_lm(inputs.policy), inputs, device)
-    networks = SharedBackboneNetworks(_language_model(policy, inputs, device), reference, plan.autocast)
+    networks = SharedTrunkNetworks(_language_model(policy, inputs, device), reference, plan.autocast)
     networks.head.to(device)
     return networks
 
@@ -114,7 +112,7 @@ def _value_model(inputs: NetworkInputs) -> Any:
     return zero_value(inputs.policy, encoder.tokenizer.pad_token_id, args.seed)
 
 
-def refuse_other_base(reward_path: str, lineage: dict[str, Any], policy_sha256: str | None, policy: str) -> None:
+def check_same_base(reward_path: str, lineage: dict[str, Any], policy_sha256: str | None, policy: str) -> None:
     """A reward adapter belongs to the base that it was trained on."""
     bases = [base.get("weights_sha256") for base in lineage.get("parents", [])]
     if read_adapter(reward_path) and policy_sha256 not in bases:

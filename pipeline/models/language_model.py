@@ -1,4 +1,4 @@
-"""A causal LM that gives log-probabilities of chosen tokens, without logits of all positions."""
+"""A causal LM that computes log-probabilities of chosen tokens, without logits of all positions."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def logit_transform(model: Any) -> LogitTransform | None:
-    """What the model does to its logits after the LM head: soft-capping (Gemma 2), scaling (Cohere, Granite) or nothing.
+    """The model's operation on its logits after the LM head: soft-capping (Gemma 2), scaling (Cohere, Granite) or nothing.
 
     Found in its config, and tried on the model itself.
 

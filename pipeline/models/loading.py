@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from transformers import (
 )
 
 logger = logging.getLogger(__name__)
-CONFIG_ERRORS = (
+CONFIG_ERRORS = (  # what transformers and torch raise at a configuration that makes no model
     OSError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
+    AssertionError,
     AttributeError,
     ImportError,
     StrictDataclassError,
@@ -122,7 +124,9 @@ def _check_weights(model: PreTrainedModel, path: str, report: dict[str, Any], ne
             f"{path!r} lacks {len(missing)} of the {len(model.state_dict())} weights that its config.json asks for "
             f"({_some(missing)}); they would be random: restore the folder or correct its config"
         )
-    shapes = [f"{name} is {tuple(found)}, expected {tuple(asked)}" for name, found, asked in report["mismatched_keys"]]
+    shapes = [
+        f"{name} is {tuple(stored)}, expected {tuple(expected)}" for name, stored, expected in report["mismatched_keys"]
+    ]
     if shapes:
         raise UserError(
             f"{path!r} has {len(shapes)} weights of other shapes than its config.json says ({_some(sorted(shapes))}); "
@@ -139,13 +143,13 @@ def _some(names: Sequence[str]) -> str:
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The first line of an error of a library, for a message of one line."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = f"no entry {error}" if isinstance(error, KeyError) else str(error)  # a KeyError's text is the key alone
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def keep_router_logits_off(model: PreTrainedModel) -> None:
-    """Never leave `output_router_logits: true` in a configuration: the next stage would compute a loss that it did not ask
-    for. Whoever wants router logits asks for them in the call."""
+    """Set `output_router_logits: false` in a configuration; true would add the router's loss in the next stage."""
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False
@@ -161,7 +165,7 @@ def _mend_generation_config(model: PreTrainedModel, path: str) -> None:
         return
     except ValueError:
         pass
-    kept = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_length")}
+    token_ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_length")}
     if config.do_sample is None:  # values were given to sample with
         config.do_sample = True
         what = "sampling is on now"
@@ -172,7 +176,7 @@ def _mend_generation_config(model: PreTrainedModel, path: str) -> None:
     try:
         config.validate(strict=True)
     except ValueError:
-        model.generation_config = transformers.GenerationConfig(**kept)
+        model.generation_config = transformers.GenerationConfig(**token_ids)
         what = "only its token ids are kept"
     logger.warning("%r: generation_config.json has values that cannot stand together; %s", path, what)
 
@@ -189,40 +193,59 @@ def quantization_config(bits: str) -> transformers.BitsAndBytesConfig:
     )
 
 
-def new_causal_lm(
-    config_class: str, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase, block_tokens: int
-) -> PreTrainedModel:
-    """A randomly initialised model: `config_class` of transformers with the recipe's sizes and the tokenizer's ids."""
+def new_config(config_class: str, sizes: dict[str, Any], **ids: int | None) -> PreTrainedConfig:
+    """A `config_class` of transformers with the recipe's sizes, and `ids` where the sizes do not name them.
+
+    Raises:
+        UserError: no such class or size, or a value that the class refuses.
+    """
     cls = getattr(transformers, config_class, None)
     if cls is None or not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedConfig)):
         raise UserError(f"config_class: transformers has no {config_class!r}; e.g. LlamaConfig, GPT2Config")
-    known = set(cls().to_dict()) | set(getattr(cls, "attribute_map", {}))
+    with refusing_sizes(config_class):
+        known = set(cls().to_dict()) | set(getattr(cls, "attribute_map", {}))
     for name in sizes:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"see the documentation of {config_class}"
             raise UserError(f"model_config: {config_class} has no {name!r}; {hint}")
-    ids = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    with refusing_sizes(config_class):
+        return cls(**{**ids, **sizes})
+
+
+@contextlib.contextmanager
+def refusing_sizes(config_class: str) -> Iterator[None]:
+    """Whatever transformers or torch raises at a model's sizes becomes one line."""
     try:
-        config = cls(**{**ids, **sizes})
+        yield
+    except (*CONFIG_ERRORS, RuntimeError) as error:
+        raise UserError(f"model_config: {config_class} refuses these sizes: {one_line(error)}") from error
+
+
+def new_causal_lm(
+    config_class: str, sizes: dict[str, Any], tokenizer: PreTrainedTokenizerBase, block_tokens: int
+) -> PreTrainedModel:
+    """A randomly initialised model with the recipe's sizes and the tokenizer's ids."""
+    config = new_config(
+        config_class,
+        sizes,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with refusing_sizes(config_class):
         rows = config.get_text_config().vocab_size
         if rows < len(tokenizer):
             raise UserError(
                 f"model_config: vocab_size ({rows}) is less than the tokenizer's {len(tokenizer)} tokens; leave it out"
             )
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (*CONFIG_ERRORS, RuntimeError) as error:
-        raise UserError(f"model_config: {config_class} refuses these sizes: {one_line(error)}") from error
-    refuse_beyond_context(config, block_tokens, "block_tokens")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    check_context_length(config, block_tokens, "block_tokens")
     return model
 
 
-def refuse_beyond_context(config: Any, tokens: int, key: str) -> None:
+def check_context_length(config: Any, tokens: int, key: str) -> None:
     """Refuse more tokens than the model has positions."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)

@@ -83,11 +83,16 @@ def linear_module_names(model: PreTrainedModel) -> list[str]:
         and module is not output
         and name.split(".")[0] not in heads
         and name.split(".")[-1] not in uncalled
-        and getattr(module, "out_features", None) not in experts  # a router, which stays as it is
+        and not (_named_like_a_router(name) and getattr(module, "out_features", None) in experts)  # it stays as it is
     ]
     ambiguous = {name.split(".")[-1] for name in modules.keys() - set(names)}
     targets = {name if (part := name.split(".")[-1]) in ambiguous or part.isdigit() else part for name in names}
     return sorted(targets)
+
+
+def _named_like_a_router(name: str) -> bool:
+    """A width alone does not tell: a key projection may be as wide as there are experts."""
+    return any(part == "gate" or "router" in part for part in name.split("."))
 
 
 def _never_called(model: PreTrainedModel) -> set[str]:
@@ -139,7 +144,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _new_modules(model: PreTrainedModel) -> list[str]:
-    """What a classifier has beyond its body, and an encoder's pooler, which a language model's folder lacks."""
+    """A classifier's modules beyond its body, and an encoder's pooler, which a language model's folder lacks."""
     body = getattr(model, model.base_model_prefix)
     new = [name for name, m in model.named_children() if m is not body and any(True for _ in m.parameters())]
     pooled = [

@@ -87,18 +87,18 @@ class Measurements:
 
 
 class Networks:
-    """What every arrangement of networks offers to PPO's loop.
+    """The interface of PPO's networks, however they share parameters.
 
     policy: what is trained and what samples.
     trained: the parameters of each optimizer, "policy" and "value".
-    parameters: number of parameters of each network outside embeddings, for counting operations.
+    parameter_counts: of each network outside embeddings, for counting operations.
     packed: whether forward passes are padding-free.
     """
 
     packed = False
     policy: LanguageModel
     trained: dict[str, list[nn.Parameter]]
-    parameters: dict[str, int]
+    parameter_counts: dict[str, int]
 
     def __init__(self, autocast: Autocast):
         self.autocast = autocast
@@ -111,7 +111,7 @@ class Networks:
         """
         raise NotImplementedError
 
-    def measure(self, batch: ResponseBatch, with_values: bool) -> Measurements:
+    def compute_logprobs_and_values(self, batch: ResponseBatch, with_values: bool) -> Measurements:
         raise NotImplementedError
 
     def sampler(self, network: str) -> contextlib.AbstractContextManager[Any]:
@@ -152,7 +152,7 @@ class SeparateNetworks(Networks):
         self.policy, self.value = policy.train(), ValueModel(value).train()
         self.reference = reference.eval().requires_grad_(False)
         self.trained = {"policy": list(self.policy.parameters()), "value": list(self.value.parameters())}
-        self.parameters = {
+        self.parameter_counts = {
             "policy": size_of(policy.model),
             "reference": size_of(reference.model),
             "value": size_of(value),
@@ -168,7 +168,7 @@ class SeparateNetworks(Networks):
         value_loss(values).backward()
 
     @torch.no_grad()
-    def measure(self, batch: ResponseBatch, with_values: bool) -> Measurements:
+    def compute_logprobs_and_values(self, batch: ResponseBatch, with_values: bool) -> Measurements:
         with self.autocast():
             where = (batch.sequences, batch.token_positions, batch.tokens)
             logprobs, ref_logprobs = (model(*where, with_entropy=False)[0] for model in (self.policy, self.reference))
@@ -196,7 +196,7 @@ class SeparateNetworks(Networks):
         self.value.model.save_pretrained(folder)
 
 
-class SharedBackboneNetworks(Networks):
+class SharedTrunkNetworks(Networks):
     """The value is a head on the policy's backbone (Ziegler et al. 2019), so one forward pass gives both. The reference is apart."""
 
     def __init__(self, policy: LanguageModel, reference: LanguageModel, autocast: Autocast):
@@ -207,7 +207,7 @@ class SharedBackboneNetworks(Networks):
         self.reference = reference.eval().requires_grad_(False)
         self.head = zero_head(policy.model)
         self.trained = {"policy": list(self.policy.parameters()), "value": list(self.head.parameters())}
-        self.parameters = {"policy": size_of(policy.model), "reference": size_of(reference.model), "value": 0}
+        self.parameter_counts = {"policy": size_of(policy.model), "reference": size_of(reference.model), "value": 0}
 
     def accumulate_gradients(self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss) -> None:
         with self.autocast(), torch.set_grad_enabled(policy_loss is not None):
@@ -229,7 +229,7 @@ class SharedBackboneNetworks(Networks):
         return head_values(self.head, hidden[batch.value_positions])
 
     @torch.no_grad()
-    def measure(self, batch: ResponseBatch, with_values: bool) -> Measurements:
+    def compute_logprobs_and_values(self, batch: ResponseBatch, with_values: bool) -> Measurements:
         with self.autocast():
             hidden = self.policy.hidden(batch.sequences)
             logprobs, _ = self._logprobs(hidden, batch, with_entropy=False)

@@ -63,8 +63,13 @@ def device_plan(device_type: str, precision: str) -> DevicePlan:
 
 
 def accelerator_type() -> str:
-    """The type of the device that stages run on."""
+    """The type of the device that stages run on: where tensors are, whatever decisions a test pretends."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def gpu_count() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def has_bf16(device_type: str) -> bool:
@@ -72,7 +77,7 @@ def has_bf16(device_type: str) -> bool:
     if os.environ.get(PRETEND) == device_type:
         return True
     if device_type == "cuda":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return accelerator_type() == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     try:

@@ -37,7 +37,7 @@ def load_scalar_model(path: str, quantization: str | None = None) -> PreTrainedM
         logger.setLevel(level)
 
 
-def refuse_other_heads(path: str) -> None:
+def check_one_score_head(path: str) -> None:
     """A reward model has exactly one label."""
     config = read_config(path)
     architectures = config.architectures or []
@@ -133,7 +133,7 @@ def forward_scores(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def no_cache(model: nn.Module) -> dict[str, bool]:
-    """What tells a decoder to keep none; an encoder does not know the word."""
+    """The argument that turns a decoder's cache off; encoders do not accept it."""
     config = getattr(model, "module", model).config  # in DistributedDataParallel or not
     return {"use_cache": False} if hasattr(config, "use_cache") else {}
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 LAYER_NAMES = ("num_hidden_layers", "n_layer", "num_layers")
+WINDOW = 4  # tokens of a small copy's attention windows
 WINDOW_NAMES = ("sliding_window", "attention_window_size", "sliding_window_size", "window_size")
 WIDTH, HEADS, LAYERS = 64, 4, 2
 SMALL_VOCABULARY = 64
@@ -68,8 +69,8 @@ def with_few_layers(config: PreTrainedConfig, window: int) -> PreTrainedConfig:
     return text
 
 
-def small_copy(config: PreTrainedConfig, window: int = 4) -> PreTrainedModel | None:
-    """A random fp32 model of the same architecture on the CPU, its attention windows `window` tokens long.
+def small_copy(config: PreTrainedConfig) -> PreTrainedModel | None:
+    """A random fp32 model of the same architecture on the CPU, its attention windows WINDOW tokens long.
 
     Its weights have about unit gain, so that what one layer does shows in the output. The global random state is not used.
 
@@ -80,7 +81,7 @@ def small_copy(config: PreTrainedConfig, window: int = 4) -> PreTrainedModel | N
         torch.manual_seed(0)
         for candidate in (with_few_layers, lambda c, w: narrow(with_few_layers(c, w))):
             try:
-                small = candidate(config, window)
+                small = candidate(config, WINDOW)
                 with torch.device("meta"):
                     size = AutoModelForCausalLM.from_config(small).num_parameters()
                 if size > MOST_PARAMETERS:

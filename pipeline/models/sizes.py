@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Lengths are rounded up to multiples: oneDNN compiles a kernel for each new shape, tensor cores want multiples of eight.
+# Lengths are rounded up to multiples: oneDNN compiles a kernel for each new shape, tensor cores need multiples of eight.
 TOKEN_MULTIPLE, LENGTH_MULTIPLE = 64, 16
 # Attention scores per head that one more group of sequences must save. The CPU's was measured; on a GPU a group costs
 # kernel launches, and the number is what its arithmetic does in their time (not measured).

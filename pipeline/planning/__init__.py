@@ -1,1 +1,1 @@
-"""What a launch needs and costs, from configurations alone."""
+"""Memory, compute and time of a launch, from configurations alone."""

@@ -1,4 +1,4 @@
-"""What one training step holds in memory beside weights, gradients and optimizer, from a config alone.
+"""Memory of one training step beside weights, gradients and optimizer, from a config alone.
 
 A step is run on fake tensors (shapes and no data) under torch's own memory tracker, with four and with six layers; what a
 layer adds is then counted for all of them. So no model has to fit anywhere, and 96 layers take as long as six.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-LAYERS = (4, 6)  # few, but enough that the peak lies where it lies in a deep model
+LAYERS = (4, 6)  # few, but the peak of memory is at the same place as in a deep model
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def peak_tracker() -> Any:
         def _update_peak_stats(
             self, peak_state: Any
         ) -> None:  # were it renamed, modules would be tracked again, no more
-            kept, self.memory_tracking = self.memory_tracking, type(self.memory_tracking)()
+            tracked, self.memory_tracking = self.memory_tracking, type(self.memory_tracking)()
             super()._update_peak_stats(peak_state)
-            self.memory_tracking = kept
+            self.memory_tracking = tracked
 
     return Peak()
 

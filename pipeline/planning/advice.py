@@ -1,4 +1,4 @@
-"""What a stage offers to need less memory."""
+"""Changes of a recipe by which a stage needs less memory."""
 
 from __future__ import annotations
 

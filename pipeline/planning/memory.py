@@ -1,4 +1,4 @@
-"""What a device holds in each stage: fp32 weights, gradients and AdamW states under bf16 autocast, activations, caches."""
+"""Memory of a device in each stage: fp32 weights, gradients and AdamW states under bf16 autocast, activations, caches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADS = {"pretrain": "causal", "sft": "tiles", "reward": "score"}  # see `Step`
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how: the devices, how weights are spread over them, what share of their peak they reach."""
+    """The hardware: devices, sharding over them, and the share of their peak that they reach."""
 
     device: Device
     gpus: int

@@ -1,4 +1,4 @@
-"""How many parameters a model has, from its config alone: shapes are made on the meta device, nothing is allocated."""
+"""Numbers of a model's parameters, from its config alone: shapes are made on the meta device, nothing is allocated."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk",
 class Parameters:
     """Parameters of a model.
 
-    total: all. active: those that one token passes through, less than all in a mixture of experts. embedding: of embedding
-    tables that are no LM head. linear: in linear layers. largest_layer: of the largest layer.
+    total: all. active: those that one token passes through, less than all in a mixture of experts.
+    linear: in linear layers. largest_layer: of the largest layer.
     """
 
     total: int
     active: int
-    embedding: int
     linear: int
     largest_layer: int
 
@@ -43,7 +42,7 @@ def build(config: PreTrainedConfig, scalar: bool = False, dtype: torch.dtype = t
     if scalar:
         config.num_labels = 1
         config.get_text_config().pad_token_id = (
-            0  # a classifier of several rows asks for one; which, is no matter of size
+            0  # a classifier needs one for several rows; it does not change the size
         )
         return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -73,7 +72,7 @@ class ConfigKey:
 
 
 def _uniform(config: PreTrainedConfig) -> bool:
-    """Whether every layer is like every other, so that two models of few layers tell what each adds."""
+    """Whether all layers are alike, so that two models of few layers show what each layer adds."""
     kinds = getattr(config.get_text_config(), "layer_types", None) or ["all alike"]
     return len(set(kinds)) == 1 and not has_experts(config) and any(hasattr(config, name) for name in LAYER_NAMES)
 
@@ -82,7 +81,7 @@ def _uniform(config: PreTrainedConfig) -> bool:
 def _parameters(key: ConfigKey, scalar: bool) -> Parameters:
     if _uniform(key.config) and (depth := layers_of(key.config)) > FEW_LAYERS[1]:
         one, two = (_parameters(ConfigKey(with_layers(key.config, n)), scalar) for n in FEW_LAYERS)
-        added = {name: getattr(two, name) - getattr(one, name) for name in ("total", "active", "embedding", "linear")}
+        added = {name: getattr(two, name) - getattr(one, name) for name in ("total", "active", "linear")}
         return Parameters(
             **{n: getattr(one, n) + (depth - 1) * more for n, more in added.items()}, largest_layer=one.largest_layer
         )
@@ -94,7 +93,6 @@ def _parameters(key: ConfigKey, scalar: bool) -> Parameters:
     return Parameters(
         total=total,
         active=round(total - routed * (1 - share_of_experts(key.config))),
-        embedding=_embedding_parameters(model, scalar),
         linear=_linear_parameters(model),
         largest_layer=max(
             (sum(p.numel() for p in layer.parameters()) for block in blocks for layer in block), default=0
@@ -114,14 +112,6 @@ def share_of_experts(config: PreTrainedConfig) -> float:
 
 def has_experts(config: PreTrainedConfig) -> bool:
     return any(EXPERTS in name for name in config.get_text_config().to_dict())
-
-
-def _embedding_parameters(model: Any, scalar: bool) -> int:
-    table = model.get_input_embeddings().weight
-    head = None if scalar else model.get_output_embeddings()
-    tied = head is not None and head.weight is table
-    others = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not table)
-    return (0 if tied else table.numel()) + sum(m.weight.numel() for m in others)
 
 
 def _linear_parameters(model: Any) -> int:

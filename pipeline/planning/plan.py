@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config.reader import load
 from pipeline.config.stages import STAGES, SUPPORT, recipe_stages
 from pipeline.errors import UserError
+from pipeline.models.loading import CONFIG_ERRORS, new_config, one_line, refusing_sizes
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.planning.advice import advice
 from pipeline.planning.devices import devices
@@ -32,7 +33,7 @@ TOTALS = ("flops", "petaflop_s_days", "hours", "gpu_hours", "energy_kwh", "cost_
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What `rlhf plan` may be told (see its flags)."""
+    """The flags of `rlhf plan`."""
 
     recipe: str
     gpu: str
@@ -120,15 +121,16 @@ def _model(name: str, recipe: Any, made: Mapping[str, Model]) -> Model:
         return Model(config, parameters(config, name == "reward"), _tokenizer(recipe.parent))
     tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     vocabulary = len(tokenizer) if tokenizer else recipe.train_tokenizer.vocab_size
-    config = getattr(transformers, recipe.config_class)(**{"vocab_size": vocabulary, **recipe.model_config})
-    return Model(config, parameters(config), tokenizer)
+    config = new_config(recipe.config_class, recipe.model_config, vocab_size=vocabulary)
+    with refusing_sizes(recipe.config_class):
+        return Model(config, parameters(config), tokenizer)
 
 
 def _config(path: str, complaint: str, remedy: str = "") -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{complaint} {path!r} ({str(error).splitlines()[0]}){remedy}") from error
+    except CONFIG_ERRORS as error:
+        raise UserError(f"{complaint} {path!r} ({one_line(error)}){remedy}") from error
 
 
 def _tokenizer(parent: str) -> Any:
@@ -186,7 +188,7 @@ class StagePlan:
 
 
 def _plan_stage(stage: StagePlan, setting: Setting) -> dict[str, Any]:
-    """What one stage needs and costs, as plain data."""
+    """Memory, compute and time of one stage, as plain data."""
     here, refused = _sharded_as_supported(stage, setting)
     data = count_data(stage.name, stage.recipe, stage.model)
     work, memory = stage.work(data), stage.memory(stage.recipe, data, here)

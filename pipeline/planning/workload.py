@@ -1,4 +1,4 @@
-"""What each stage computes: tokens, steps and floating-point operations, from its recipe and a sample of its data.
+"""Compute of each stage: tokens, steps and floating-point operations, from its recipe and a sample of its data.
 
 6 operations per parameter and trained token, 4 where the base is frozen, 2 where nothing is trained (Kaplan et al. 2020). In a
 mixture of experts the parameters are those that a token passes through. Attention is counted apart.
@@ -57,7 +57,7 @@ class Data:
 
 @dataclass
 class Work:
-    """What a stage computes: floating-point operations by phase, and tokens."""
+    """Compute of a stage: floating-point operations by phase, and tokens."""
 
     steps: int
     tokens: float

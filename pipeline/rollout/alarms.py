@@ -37,10 +37,10 @@ class Alarms:
 
 def _broken(metrics: dict[str, float], rollout: int, max_grad_norm: float, precision: str) -> dict[str, str]:
     broken = {}
-    first = metrics.get("ratio_first_minibatch", 0.0)
+    first = metrics.get("first_minibatch_log_ratio", 0.0)
     if first > FIRST_RATIO[precision]:
         broken["first ratio"] = f"the first minibatch already has a log-ratio of {first:.2g}, which should be 0"
-    if metrics.get("ratio_max_log", 0.0) >= MAX_LOG_RATIO:
+    if metrics.get("max_log_ratio", 0.0) >= MAX_LOG_RATIO:
         broken["ratio"] = f"a token's probability ratio exceeds e^{MAX_LOG_RATIO:g} and was limited to it"
     worst = metrics.get("sampling_drift_worst_response", 0.0)
     if worst > DRIFT[precision]:

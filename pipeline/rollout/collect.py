@@ -84,7 +84,7 @@ class Collector:
         lengths = [len(prompt.ids) + len(response) for prompt, response in zip(own_prompts, ids, strict=True)]
         for group in microbatches(lengths, list(range(len(rows))), MEASURED_TOKENS * self.args.micro_batch_tokens):
             batch = self.batch([own_prompts[k].ids for k in group], [ids[k] for k in group])
-            measured = self.networks.measure(batch, with_values=values)
+            measured = self.networks.compute_logprobs_and_values(batch, with_values=values)
             counts = [len(ids[k]) for k in group]
             logprobs, ref_logprobs = (_split(x, counts) for x in (measured.logprobs, measured.ref_logprobs))
             extra = int(self.args.score_position == "after")
@@ -129,17 +129,15 @@ def ruled_scores(samples: Sequence[Sample], args: Any) -> Tensor:
     return missing_eos_scores(scores, finished, args.missing_eos, args.missing_eos_score)
 
 
-def trained_scores(samples: Sequence[Sample], args: Any, moments: RunningMoments) -> Tensor:
-    """The same as they enter the rewards: divided by their running deviation and clipped where the recipe says so."""
-    scores = ruled_scores(samples, args)
+def scaled_scores(scores: Tensor, args: Any, moments: RunningMoments) -> Tensor:
+    """(samples,) scores as they enter the rewards: divided by their running deviation and clipped where the recipe says so."""
     if args.scale_scores == "running":
-        moments.update(scores)
         scores = scores / moments.std
     return scores if args.score_clip is None else scores.clamp(-args.score_clip, args.score_clip)
 
 
 def score_metrics(samples: Sequence[Sample], args: Any) -> dict[str, float]:
-    """Means of the scores after the missing-EOS rule, before it, and of each part; and how far sampling and training differ."""
+    """Means of the scores after the missing-EOS rule, before it, and of each part; differences of sampling's log-probabilities from training's."""
     drift = [(s.logprobs - s.sampled_logprobs).abs() for s in samples]
     metrics = {
         "score": ruled_scores(samples, args).mean().item(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.algorithms.logprobs import sample_tokens, tempered_logits
+from pipeline.algorithms.seeds import row_seed
 from pipeline.data.collators import right_pad
 from pipeline.models.shrink import small_copy
 
@@ -19,7 +20,7 @@ logger = logging.getLogger("pipeline")
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a sample depends on beside the model and the prompt.
+    """The settings of sampling.
 
     stop_ids: a response ends with the first of these. forbidden_ids: never sampled.
     rows: prompts that are answered together.
@@ -42,7 +43,7 @@ class SampledResponse:
 
 
 class Engine(Protocol):
-    """What answers prompts. The local engine runs the policy itself; another may ask a server that holds its weights."""
+    """Samples responses to prompts. The local engine runs the policy itself; another may ask a server that holds its weights."""
 
     def sample(self, model: Any, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor | None) -> list[SampledResponse]:
         """A response to each prompt; `uniforms` (prompts, tokens) in [0, 1) decide the samples, None takes the likeliest."""
@@ -75,7 +76,7 @@ def per_row_uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:
     """
     numbers = torch.empty(len(rows), length, dtype=torch.float64)
     for position, row in enumerate(rows):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + row * 7_919 + 12_345) % 2**63)
+        generator = torch.Generator().manual_seed(row_seed(seed, row))
         numbers[position] = torch.rand(length, generator=generator, dtype=torch.float64)
     return numbers
 

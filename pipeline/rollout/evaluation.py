@@ -32,8 +32,8 @@ class Evaluation:
 class HeldOutEvaluation:
     """Evaluates the policy on held-out prompts with the same random numbers each time.
 
-    judges: names of Python judges (module:function) by their labels; they are asked by rank 0 alone, so that a judge that
-        draws random numbers cannot part the processes.
+    judges: names of Python judges (module:function) by their labels; rank 0 alone calls them, so that a judge that draws
+        random numbers cannot make the processes differ.
     """
 
     collector: Collector
@@ -103,8 +103,8 @@ def _metrics(policy: Sequence[Sample], reference: Sequence[Sample], args: Any) -
     return metrics
 
 
-def is_new_best(metrics: dict[str, float], args: Any, state: PPOState) -> bool:
-    """Whether this evaluation is the best so far by the recipe's `best_metric`; counts those that are not. NaN is never best."""
+def record_if_best(metrics: dict[str, float], args: Any, state: PPOState) -> bool:
+    """Record in `state` whether this evaluation is the best so far by the recipe's `best_metric`, and return it. NaN never is."""
     if args.best_metric is None:
         return False
     value = metrics[f"eval_{args.best_metric}"]

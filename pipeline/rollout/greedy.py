@@ -14,7 +14,7 @@ from pipeline.rollout.rewards import Answers, Scorer
 
 
 def greedy_engine(model: Any, encoder: ChatEncoder, max_new_tokens: int) -> LocalEngine:
-    """An engine with the model's own stop tokens, to be asked without random numbers."""
+    """An engine with the model's own stop tokens, for greedy decoding."""
     stop_ids = stop_token_ids(encoder, model.generation_config)
     rows = model.get_output_embeddings().weight.shape[0]
     return LocalEngine(
@@ -29,7 +29,7 @@ def greedy_engine(model: Any, encoder: ChatEncoder, max_new_tokens: int) -> Loca
 
 @dataclass(frozen=True)
 class GreedyScore:
-    """What `best_metric: score` measures; records: demonstrations, whose prompts are answered."""
+    """The metric of `best_metric: score`; records: demonstrations, whose prompts are answered."""
 
     encoder: ChatEncoder
     scorer: Scorer

@@ -59,5 +59,5 @@ class PretrainingText:
                 nll = self.networks.policy.text_nll(batch["input_ids"], positions, batch["labels"])
             (args.ptx_coef * nll / tokens).backward()
             total += nll.detach().double().cpu()
-        flops = 6.0 * tokens * self.networks.parameters["policy"]
+        flops = 6.0 * tokens * self.networks.parameter_counts["policy"]
         return (self.processes.sum(total) / tokens).item(), flops

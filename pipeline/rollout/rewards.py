@@ -1,4 +1,4 @@
-"""What gives a response its score: reward models, Python functions, or a weighted sum of them.
+"""Scores of responses: reward models, Python functions, or a weighted sum of them.
 
 score(["How do I boil an egg?"], ["For eight minutes."], "runs/demo/reward")
 """
@@ -21,7 +21,7 @@ from pipeline.errors import UserError, shorten
 from pipeline.models.loading import set_pad
 from pipeline.models.networks import Autocast
 from pipeline.models.precision import cast_frozen_linears_to_bf16
-from pipeline.models.reward_model import load_scalar_model, refuse_other_heads, score_ids
+from pipeline.models.reward_model import check_one_score_head, load_scalar_model, score_ids
 from pipeline.models.tokenizers import load_tokenizer, require_pad, stop_token_ids
 from pipeline.models.trials import enable_packed_attention
 from pipeline.training.identity import tokenizer_hashes
@@ -71,7 +71,7 @@ class RewardPart:
 
 @dataclass(frozen=True)
 class ScoringSetup:
-    """How reward models are held and read.
+    """The settings of reward models.
 
     stop_ids: tokens that end a response of the policy; a reward model reads such a response at its own end token.
     autocast: what its forward passes run under. cast_to_bf16: hold its linear weights in bf16 (right under autocast alone).
@@ -129,7 +129,7 @@ def check_finite(values: Sequence[float], name: str, answers: Answers) -> None:
 
 
 def identity(sources: Sequence[RewardSource]) -> dict[str, Any]:
-    """What identifies the scores of a recipe's `reward:`: every model, by its number, and every function's source."""
+    """The identity of a recipe's `reward:`: every model, by its number, and every function's source."""
     identities: dict[str, Any] = {}
     for number, source in enumerate(sources):
         if source.model is not None:
@@ -165,7 +165,7 @@ def build_scorer(
 
 def _model_part(path: str, name: str, weight: float, setup: ScoringSetup) -> RewardPart:
     parent = verify_parent(path, REWARD_PARENTS)
-    refuse_other_heads(parent.path)
+    check_one_score_head(parent.path)
     tokenizer = load_tokenizer(parent.path)
     parent.check_tokenizer(tokenizer)
     require_pad(tokenizer, path)

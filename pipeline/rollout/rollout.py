@@ -1,4 +1,4 @@
-"""What PPO trains on: sampled responses with their scores, log-probabilities, values, rewards and advantages."""
+"""A rollout: sampled responses with their scores, log-probabilities, values, rewards and advantages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a PPO run starts from and leaves: inputs opened and verified, networks and rewards built, the result saved."""
+"""Start and end of a PPO run: open and verify inputs, build networks and rewards, save the result."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.functions import import_function, source_sha256
+from pipeline.config.ppo import PPOArguments
 from pipeline.config.stages import REWARD_PARENTS, SUPPORT
 from pipeline.data.collators import BlockCollator
 from pipeline.data.encoding import ChatEncoder, document_ids
@@ -17,8 +18,8 @@ from pipeline.data.packing import pack_documents
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
-from pipeline.models.build_networks import NetworkInputs, build_networks, refuse_other_base
-from pipeline.models.precision import device_plan
+from pipeline.models.build_networks import NetworkInputs, build_networks, check_same_base
+from pipeline.models.precision import accelerator_type, device_plan
 from pipeline.models.tokenizers import (
     assign_template,
     load_tokenizer,
@@ -36,6 +37,7 @@ from pipeline.rollout.prompts import PromptSet, prepare_prompts
 from pipeline.rollout.rewards import DISAGREEMENT, ScoringSetup, build_scorer, identity, judge_labels, part_names
 from pipeline.training.json_files import write_json
 from pipeline.training.lineage import Parent, read_lineage, verify_parent
+from pipeline.training.ppo_state import PPOState
 from pipeline.training.run import Run
 
 import torch
@@ -64,10 +66,10 @@ class PPOInputs:
     stop_ids: list[int] = field(default_factory=list)
 
 
-def open_inputs(run: Run[Any]) -> PPOInputs:
+def open_inputs(run: Run[PPOArguments]) -> PPOInputs:
     """Everything that can be refused before a model is loaded is refused here."""
     args = run.args
-    accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=accelerator_type() == "cpu")
     _check_processes(accelerator, args)
     parent = verify_parent(args.parent, SUPPORT["ppo"].parents)
     rewards = [verify_parent(source.model, REWARD_PARENTS) for source in args.reward if source.model is not None]
@@ -87,7 +89,7 @@ def open_inputs(run: Run[Any]) -> PPOInputs:
     _check_best_metric(args, list(judges))
     if args.roles == "adapters":
         for reward in rewards:
-            refuse_other_base(reward.path, read_lineage(Path(reward.path)) or {}, parent.weights_sha256, parent.path)
+            check_same_base(reward.path, read_lineage(Path(reward.path)) or {}, parent.weights_sha256, parent.path)
     run.output.inputs = {
         "parent": parent.as_inputs(tokenizer),
         "chat_template": template_identity(args.chat_template),
@@ -118,14 +120,14 @@ def _check_processes(accelerator: Accelerator, args: Any) -> None:
 
 
 def _check_best_metric(args: Any, judges: Sequence[str]) -> None:
-    """`best_metric` names what evaluations will measure, or the run ends before it starts."""
+    """Refuse a `best_metric` that no evaluation measures."""
     parts = [*part_names(args.reward), *([DISAGREEMENT] if args.ensemble != "sum" else [])]
     known = ["score", *judges, *(f"score_{part}" for part in parts)]
     if args.best_metric is not None and args.best_metric not in known:
         raise UserError(f"best_metric: no evaluation measures {args.best_metric!r}; one of {', '.join(known)}")
 
 
-def prepare_collector(inputs: PPOInputs, run: Run[Any]) -> Collector:
+def prepare_collector(inputs: PPOInputs, run: Run[PPOArguments]) -> Collector:
     """Networks, engine and scorer on the device."""
     args, encoder, device = run.args, inputs.encoder, inputs.accelerator.device
     plan = device_plan(device.type, args.precision)
@@ -184,13 +186,23 @@ def prepare_pretraining(inputs: PPOInputs, collector: Collector) -> PretrainingT
     )
 
 
-def save_result(training: Any, run: Run[Any], evaluation: Evaluation) -> None:
+def save_result(
+    run: Run[PPOArguments],
+    inputs: PPOInputs,
+    collector: Collector,
+    *,
+    state: PPOState,
+    evaluation: Evaluation,
+    average: list[torch.Tensor] | None,
+    resumed_from: list[int],
+) -> None:
     """Weights, samples, metrics, lineage, and one line on the terminal.
 
     Args:
-        training: of `ppo.prepare`.
+        average: moving average of the policy's parameters.
+        resumed_from: rollouts at which the run was resumed.
     """
-    args, inputs, state = run.args, training.inputs, training.state
+    args = run.args
     metrics: dict[str, Any] = {name.removeprefix("eval_"): value for name, value in evaluation.metrics.items()}
     metrics |= {
         "rollouts": state.rollout,
@@ -205,7 +217,7 @@ def save_result(training: Any, run: Run[Any], evaluation: Evaluation) -> None:
         metrics["ended"] = state.ended
     folder = Path(args.output_dir)
     if run.is_main:
-        _save_models(training.learner.average, training.collector, folder)
+        _save_models(average, collector, folder)
         write_json(folder / "samples.json", evaluation.samples)
     best = f", best at rollout {state.best_rollout}" if state.best_rollout is not None else ""
     run.finish(
@@ -214,7 +226,7 @@ def save_result(training: Any, run: Run[Any], evaluation: Evaluation) -> None:
         tokenizer=inputs.encoder.tokenizer,
         metrics=metrics,
         flops=state.flops,
-        resumed_from=training.resumed,
+        resumed_from=resumed_from,
         summary=f"held-out score {metrics['score']:.3f} (SFT {metrics['reference_score']:.3f}) at a KL of {metrics['kl']:.2f} nats, "
         f"{metrics['response_tokens']:.1f} tokens per response, {metrics['stopped']:.0%} stopped{best}",
     )

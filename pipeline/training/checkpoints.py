@@ -30,7 +30,7 @@ NOT_LISTED = (MANIFEST, MANIFEST + ".tmp")
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a manifest says of one file."""
+    """Size and hash of one file in a manifest."""
 
     bytes: int
     sha256: str
@@ -38,7 +38,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What seals a checkpoint.
+    """The content of a checkpoint's manifest.
 
     Attributes:
         step: optimizer steps or rollouts done.

@@ -21,7 +21,7 @@ def append(folder: Path, row: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows up to the first line that is no JSON object: the last line of a killed run, or damage, which is said."""
+    """The rows up to the first line that is no JSON object: the last line of a killed run, or damage, which is logged."""
     path = folder / HISTORY
     if not path.is_file():
         return []

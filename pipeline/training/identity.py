@@ -1,4 +1,4 @@
-"""What identifies a model and a run: the only place that says what makes two of them different.
+"""The identity of a model and of a run: the only place that decides whether two of them are the same.
 
 A model is its weights, config.json (with a reward model's offset), adapter, stop tokens, tokenizer and chat template.
 A run is its stage, its recipe without the keys that change no result and without paths, and the content of what it reads.
@@ -170,14 +170,14 @@ def _former_tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def run_fingerprint(stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """What identifies a run: stage, recipe, and the content of models, data and functions."""
+    """The identity of a run: a hash of stage, recipe, and the content of models, data and functions."""
     return sha256_json([stage, recipe_identity(recipe), inputs])
 
 
 def recipe_identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a recipe that decides the result: models and data count by content, not by where they lie."""
-    kept = {key: value for key, value in recipe.items() if key not in NOT_IDENTITY}
-    return {key: [_without_paths(entry) for entry in v] if isinstance(v, list) else v for key, v in kept.items()}
+    identifying = {key: value for key, value in recipe.items() if key not in NOT_IDENTITY}
+    return {key: [_without_paths(entry) for entry in v] if isinstance(v, list) else v for key, v in identifying.items()}
 
 
 def _without_paths(entry: Any) -> Any:
@@ -188,10 +188,10 @@ def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
     """Names of the entries that differ between two nested dicts."""
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return [name] if ours != theirs else []
-    found = []
+    differing = []
     for key in sorted(ours.keys() | theirs.keys(), key=str):
-        found += differences(ours.get(key), theirs.get(key), f"{name} {key}".strip())
-    return found
+        differing += differences(ours.get(key), theirs.get(key), f"{name} {key}".strip())
+    return differing
 
 
 def without_secrets(value: Any) -> Any:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     args = launch_command_parser().parse_args(list(argv))
-    for number in SIGNALS:  # the stage has got the signal too; its exit is waited for
+    for number in SIGNALS:  # the stage gets the signal too; wait for its exit
         signal.signal(number, lambda *_: None)
     try:
         launch_command(args)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _exit_code(codes: list[int]) -> int:
-    """2 where a process said so, else the first; a process that a signal ended counts as 128 plus the signal."""
+    """2 where a process returned it, else the first code; a process that a signal ended counts as 128 plus the signal."""
     return 2 if 2 in codes else 128 - codes[0] if codes[0] < 0 else codes[0]
 
 

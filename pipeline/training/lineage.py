@@ -122,7 +122,7 @@ class Parent:
             )
 
     def as_inputs(self, tokenizer: Any) -> dict[str, Any]:
-        """What makes it another parent; `tokenizer` is the one that lies in its folder."""
+        """The parent's identity; `tokenizer` is the one in its folder."""
         return as_inputs(self.identity, tokenizer)
 
     def record(self) -> dict[str, Any]:
@@ -247,12 +247,14 @@ def package_versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
+    from pipeline.models.precision import gpu_count
+
     import torch
 
     facts: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     with contextlib.suppress(OSError):
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         facts["cpu"] = names[0] if names else platform.processor()
-    if torch.cuda.is_available():
-        facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if gpus := gpu_count():
+        facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(gpus)]
     return facts

@@ -1,4 +1,4 @@
-"""Where a stage's words go: the terminal, log.txt."""
+"""Logging of a stage: to the terminal and to log.txt."""
 
 from __future__ import annotations
 

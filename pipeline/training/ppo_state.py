@@ -1,20 +1,26 @@
-"""What a PPO run must remember, and its resumable checkpoints."""
+"""The state of a PPO run, and its resumable checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import random
+import shutil
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.algorithms.ppo import RunningMoments
+from pipeline.errors import UserError
 from pipeline.training.checkpoints import BEST, writing
 from pipeline.training.json_files import write_json
 from pipeline.training.output_folder import StageOutput
 from pipeline.training.processes import Processes
 
+import numpy as np
 import torch
 
 TENSORS, STATE = "tensors.pt", "state.json"
@@ -22,7 +28,7 @@ TENSORS, STATE = "tensors.pt", "state.json"
 
 @dataclass
 class PPOState:
-    """Everything of a run that is no tensor.
+    """The state of a run beside its tensors.
 
     rollout: rollouts done. policy_steps, value_steps: optimizer steps. flops: floating-point operations of training.
     moments: of the scores, for `scale_scores`. best: the best value of `best_metric`. ended: why the run ended early.
@@ -48,26 +54,54 @@ class PPOState:
 def save_checkpoint(output: StageOutput, state: PPOState, tensors: Mapping[str, Any], processes: Processes) -> None:
     """A resumable checkpoint at a rollout's boundary, written beside and renamed into place.
 
+    The best networks until here are copied into it: those beside it may be of a later rollout when it is resumed.
+
     Args:
         tensors: state dictionaries by name; each process's random state is added.
     """
-    random = processes.gather(lambda: [torch.get_rng_state()])
+    states = processes.gather(lambda: [_random_states()])
     if processes.is_main:
         with writing(output.folder / f"checkpoint-{state.rollout}") as folder:
-            torch.save({**tensors, "random": random}, folder / TENSORS)
+            torch.save({**tensors, "random": states}, folder / TENSORS)
             write_json(folder / STATE, asdict(state))
+            if state.best_rollout is not None:
+                shutil.copyfile(output.folder / BEST, folder / BEST)
             output.seal(folder)
         output.prune(output.recipe["keep_checkpoints"])
     processes.barrier()
 
 
 def load_checkpoint(checkpoint: Path, processes: Processes) -> dict[str, Any]:
-    """The tensors of a checkpoint on the CPU; this process's random state is set where the number of processes is the same."""
+    """The tensors of a checkpoint on the CPU; its best networks are put back beside it.
+
+    This process's random state is set where the number of processes is the same.
+    """
+    if processes.is_main and (checkpoint / BEST).is_file():
+        shutil.copyfile(checkpoint / BEST, checkpoint.parent / BEST)
     saved: dict[str, Any] = torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
-    random = saved.pop("random")
-    if len(random) == processes.count:
-        torch.set_rng_state(random[processes.rank])
+    states = saved.pop("random")
+    if len(states) == processes.count:
+        _set_random_states(states[processes.rank])
     return saved
+
+
+def _random_states() -> dict[str, Any]:
+    """The states that a reward function or judge may draw from, in types that torch loads without unpickling code."""
+    name, keys, *rest = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+    }
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def save_best(folder: Path, tensors: Mapping[str, Any]) -> None:
@@ -78,5 +112,16 @@ def save_best(folder: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def load_best(folder: Path) -> dict[str, Any]:
-    best: dict[str, Any] = torch.load(folder / BEST, map_location="cpu", weights_only=True)
+    """The networks that `save_best` kept.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        best: dict[str, Any] = torch.load(folder / BEST, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, struct.error) as error:
+        raise UserError(
+            "is missing or damaged; nothing else is lost: start the same command again, it resumes from the last checkpoint",
+            file=folder / BEST,
+        ) from error
     return best

@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal; where no person watches, one line every 30 seconds."""
+"""Progress of a long loop: a bar on a terminal, else one log line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in the two units that matter: `2 h 5 min`, `3 min 20 s`, `12 s`."""
+    """A length of time in its two largest units: `2 h 5 min`, `3 min 20 s`, `12 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

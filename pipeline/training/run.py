@@ -65,7 +65,7 @@ class Run(Generic[Arguments]):
         return f": {shlex.join(['python', *sys.argv])}" if self.processes.count == 1 else ""
 
     def already_done(self) -> bool:
-        """Whether the output is complete for these inputs; says so. Rank 0 looks, all know."""
+        """Whether the output is complete for these inputs; prints it if so. Rank 0 reads the folder and tells the others."""
         done = self.processes.from_main(self.output.finished)
         if done and self.is_main:
             print(f"{self.name}: already complete in {self.output.folder} for the same inputs", flush=True)
@@ -73,7 +73,7 @@ class Run(Generic[Arguments]):
 
     def begin(self, checkpoint: Path | None) -> list[int]:
         """Start at `checkpoint`, or at nothing; returns the steps at which this run was resumed."""
-        self.processes.barrier()  # all have found the checkpoint before broken ones go
+        self.processes.barrier()  # all processes have chosen the checkpoint before broken ones are removed
         steps = self.processes.from_main(lambda: self.output.begin(checkpoint))
         if checkpoint:
             logger.info("%s: resuming from %s", self.name, checkpoint.name)

@@ -129,12 +129,14 @@ def prepare_process(name: str, args: StageArguments) -> Processes:
     Raises:
         UserError: the stage does not run under this launch's sharding.
     """
+    from pipeline.models.precision import accelerator_type
+
     import torch
     from accelerate import PartialState
 
     used = (kind for kind, variable in SHARDED.items() if os.environ.get(variable, "").lower() in ("1", "true"))
     check_sharding(name, args, next(used, None))
-    PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=accelerator_type() == "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

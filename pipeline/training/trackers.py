@@ -27,7 +27,7 @@ def installed(package: str) -> bool:
 
 
 def wandb_login() -> bool:
-    """Whether wandb knows who we are, or was told to stay offline."""
+    """Whether wandb has a log-in, or is set to offline."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path.home() / ".netrc"
@@ -69,9 +69,9 @@ def wandb_id(folder: Path) -> str:
     file = folder / WANDB_ID
     if file.is_file() and any(folder.glob("checkpoint-*")):
         return file.read_text(encoding="utf-8").strip()
-    found = secrets.token_hex(4)
-    file.write_text(found + "\n", encoding="utf-8")
-    return found
+    run_id = secrets.token_hex(4)
+    file.write_text(run_id + "\n", encoding="utf-8")
+    return run_id
 
 
 def log_samples(trackers: Sequence[Any], samples: Sequence[dict[str, Any]], step: int) -> None:

@@ -93,7 +93,7 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
         max_grad_norm=args.max_grad_norm,
         optim="adamw_8bit" if args.optimizer == "adamw_8bit" else "adamw_torch",
         bf16=device_plan(accelerator_type(), args.precision).bf16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=accelerator_type() == "cpu",
         logging_steps=args.logging_steps,
         save_strategy="steps",
         save_steps=args.save_steps,
@@ -108,7 +108,7 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
         run_name=args.run_name or f"{Path(args.output_dir).parent.name}-{run.name}",
         disable_tqdm=True,  # progress is shown by StageCallback
         logging_nan_inf_filter=False,  # it would hide a loss that is not finite behind the mean of those before
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=accelerator_type() == "cuda",
     )
     try:
         return cls(**{**settings, **extra, **options})
@@ -352,11 +352,11 @@ def measure_tokens(trainer: Any, rows: Any, rows_per_batch: int) -> tuple[float,
     """`token_nll` of packed rows over all processes: each takes every n-th batch, the sums are added."""
     state = trainer.accelerator
     batches = DataLoader(rows, batch_size=rows_per_batch, collate_fn=trainer.data_collator)
-    mine = (
+    own_batches = (
         batch if counts else {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
         for batch, counts in share_batches(batches, state)
     )
-    nll, tokens, hits = token_nll(trainer.model, mine, state.device)
+    nll, tokens, hits = token_nll(trainer.model, own_batches, state.device)
     total = torch.tensor([[nll, tokens, hits]], dtype=torch.float64)
     total = state.gather(total.to(state.device) if state.device.type != "mps" else total.float()).sum(0)
     return float(total[0]), int(total[1]), int(total[2])

@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from helpers.launches import ROOT, STAGES, TINY, environment, lineage
+from helpers.launches import ROOT, STAGES, TINY, environment, lineage, rlhf
 
 import psutil
 import pytest
@@ -33,14 +33,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
             values["parent"] = "./runs/demo/sft/"  # another spelling of what sft.yaml writes
         (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
     return folder
-
-
-def rlhf(*arguments: object, code: int = 0, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*RLHF, *map(str, arguments)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == code, f"{arguments}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def test_every_arrangement_of_ppo_runs_in_bf16(adapters: Path, results: dict[str
     check_run(folder)
     rows = [row for row in history.read(folder) if "policy_grad_norm" in row]
     assert all(row["policy_grad_norm"] > 0 and row["value_grad_norm"] > 0 for row in rows)
-    assert max(row["ratio_first_minibatch"] for row in rows) < 0.1, "sampled and trained by one policy"
+    assert max(row["first_minibatch_log_ratio"] for row in rows) < 0.1, "sampled and trained by one policy"
     log = (folder / "log.txt").read_text(encoding="utf-8")
     assert "takes padded sequences only" not in log
     assert "without a cache" not in log

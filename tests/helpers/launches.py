@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from helpers import warm
 from pipeline.cli import main
 
-import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,6 @@ def launch_command(stage: str, flags: list[str], processes: int = 1) -> list[str
     name = "ddp" if processes > 1 else "cpu"
     kind = ["--config_file", str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")]
     kind += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
-    script = stage if stage.endswith(".py") else str(ROOT / "pipeline" / f"{stage}.py")
     return [
         sys.executable,
         "-m",
@@ -41,12 +40,30 @@ def launch_command(stage: str, flags: list[str], processes: int = 1) -> list[str
         *kind,
         "--num_processes",
         str(processes),
-        script,
+        str(script_of(stage)),
         *flags,
     ]
 
 
 def launch(stage: str, flags: list[str], processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A stage in one or more processes of its own, to its end; see `launch_for_real` for accelerate's launcher."""
+    started = warm.start(script_of(stage), flags, environment(), ROOT, processes)
+    codes = [process.wait(600) for process in started]
+    out, err = ("".join(texts) for texts in zip(*(process.read() for process in started), strict=True))
+    code = next((code for code in codes if code), 0)
+    assert not check or code == 0, f"{stage} {flags}\n{out}\n{err}"
+    return subprocess.CompletedProcess([stage, *flags], code, out, err)
+
+
+def rlhf(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """The command `rlhf` in a process of its own."""
+    done = launch(str(ROOT / "pipeline" / "cli.py"), [str(argument) for argument in arguments], check=False)
+    assert done.returncode == code, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def launch_for_real(stage: str, flags: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """The same by `accelerate launch`, as users do."""
     done = subprocess.run(
         launch_command(stage, flags, processes),
         env=environment(),
@@ -55,34 +72,37 @@ def launch(stage: str, flags: list[str], processes: int = 1, check: bool = True)
         text=True,
         timeout=600,
     )
-    assert not check or done.returncode == 0, f"{stage} {flags}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{stage} {flags}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def kill_when(command: list[str], ready: Callable[[], bool], number: int = signal.SIGKILL, delay: float = 0.0) -> int:
-    """Start a command, signal its whole group once `ready()`, return its exit code; fails if it ends before."""
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def kill_when(
+    stage: str,
+    flags: list[str],
+    ready: Callable[[], bool],
+    *,
+    processes: int = 1,
+    number: int = signal.SIGKILL,
+    delay: float = 0.0,
+) -> int:
+    """Start a stage, signal its processes once `ready()`, return the first exit code; fails if it ends before."""
+    started = warm.start(script_of(stage), flags, environment(), ROOT, processes)
     deadline = time.monotonic() + 300
     while not ready():
-        assert process.poll() is None, f"{command} ended before it could be killed"
-        assert time.monotonic() < deadline, f"{command}: not ready after 300 s"
+        assert all(process.poll() is None for process in started), f"{stage} ended early: {started[0].read()}"
+        assert time.monotonic() < deadline, f"{stage} {flags}: not ready after 300 s"
         time.sleep(0.02)
     time.sleep(delay)
-    # torchrun starts its workers in sessions of their own: SIGKILL must reach them one by one.
-    workers = psutil.Process(process.pid).children(recursive=True) if number == signal.SIGKILL else []
-    os.killpg(process.pid, number)
-    for worker in workers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.kill()
-    psutil.wait_procs(workers, timeout=30)
-    return process.wait(timeout=120)
+    for process in started:
+        process.signal(number)
+    codes = [process.wait(120) for process in started]
+    for process in started:
+        process.read()
+    return codes[0]
+
+
+def script_of(stage: str) -> Path:
+    return Path(stage) if stage.endswith(".py") else ROOT / "pipeline" / f"{stage}.py"
 
 
 def rlhf_here(*arguments: object, code: int = 0) -> tuple[str, str]:

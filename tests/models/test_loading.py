@@ -201,9 +201,33 @@ def test_a_model_smaller_than_its_tokenizer_is_refused(tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"vocab_size \(100\) is less than the tokenizer's 400 tokens"):
         new_causal_lm("LlamaConfig", {**SIZES, "vocab_size": 100}, tokenizer, 16)
     assert new_causal_lm("LlamaConfig", {**SIZES, "vocab_size": 512}, tokenizer, 16).config.vocab_size == 512
-    for sizes in ({"hidden_size": "x"}, {"num_attention_heads": 0}, {"hidden_size": 17}):
-        with pytest.raises(UserError, match="LlamaConfig refuses these sizes"):
-            new_causal_lm("LlamaConfig", {**SIZES, **sizes}, tokenizer, 16)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_size": "x"},
+        {"hidden_size": 17},
+        {"hidden_size": 10**30},
+        {"num_attention_heads": 0},
+        {"initializer_range": "1e25"},  # what YAML reads where the decimal point is missing
+        {"hidden_act": "nope"},
+        {"pad_token_id": 10**6},
+        {"rope_parameters": 3},
+    ],
+    ids=str,
+)
+def test_whatever_a_library_raises_at_a_model_config_is_one_line(wrong: dict[str, Any], tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="LlamaConfig refuses these sizes: ") as raised:
+        new_causal_lm("LlamaConfig", {**SIZES, **wrong}, tokenizer, 16)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("config_class", ["EncoderDecoderConfig", "RagConfig", "PreTrainedConfig", "CLIPConfig"])
+def test_a_config_class_without_a_causal_lm_is_one_line(config_class: str, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=f"model_config: {config_class} refuses these sizes: ") as raised:
+        new_causal_lm(config_class, {}, tokenizer, 16)
+    assert "\n" not in str(raised.value)
 
 
 def test_router_logits_are_never_left_on(tmp_path: Path) -> None:

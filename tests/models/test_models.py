@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.models.loading import disable_noise, load_causal_lm, new_causal_lm, refuse_beyond_context
+from pipeline.models.loading import check_context_length, disable_noise, load_causal_lm, new_causal_lm
 from pipeline.models.lora import linear_module_names
 from pipeline.models.packed import pad
 from pipeline.models.precision import cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import (
     OFFSET,
     ValueModel,
+    check_one_score_head,
     init_head,
     load_scalar_model,
-    refuse_other_heads,
     scalar_head,
     score_ids,
 )
@@ -103,7 +103,7 @@ def test_an_offset_survives_saving(scalar: Any, tmp_path: Path) -> None:
 def test_only_one_label_is_a_reward(tiny_lm: Any, tmp_path: Path) -> None:
     tiny_lm.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is no reward model"):
-        refuse_other_heads(str(tmp_path))
+        check_one_score_head(str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -128,7 +128,7 @@ def test_new_models_take_the_tokenizers_ids(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="transformers has no 'LamaConfig'"):
         new_causal_lm("LamaConfig", {}, tokenizer, 64)
     with pytest.raises(UserError, match="exceed the model's context of 64"):
-        refuse_beyond_context(model.config, 65, "block_tokens")
+        check_context_length(model.config, 65, "block_tokens")
 
 
 def test_pad_equal_to_eos_is_replaced(tiny_lm: Any, tokenizer: Any) -> None:

@@ -129,7 +129,9 @@ def test_adapters_train_nothing_but_themselves(policy: Path, tmp_path: Path) -> 
 def test_the_reference_of_adapters_is_the_base(policy: Path, tmp_path: Path) -> None:
     training, _ = trained(policy, tmp_path / "run", "adapters")
     networks: Any = training.collector.networks
-    measured = networks.measure(training.collector.batch([[3, 7, 4]], [[6, 7, 1]]), with_values=True)
+    measured = networks.compute_logprobs_and_values(
+        training.collector.batch([[3, 7, 4]], [[6, 7, 1]]), with_values=True
+    )
     ids = torch.tensor([[3, 7, 4, 6, 7, 1]])
     with torch.no_grad():
         logits = load_causal_lm(str(policy))(input_ids=ids).logits[0, 2:-1]
@@ -199,12 +201,12 @@ def test_a_reward_adapter_shares_the_base(policy: Path, tmp_path: Path) -> None:
         networks: Any = training.collector.networks
         torch.testing.assert_close(score_ids(networks.reward, ids, 0), expected, atol=1e-4, rtol=1e-4)
         batch = training.collector.batch([[3, 7, 4], [3, 8, 4]], [[6, 7, 1], [9, 1]])
-        before = networks.measure(batch, with_values=True).values
+        before = networks.compute_logprobs_and_values(batch, with_values=True).values
         # The value at the state of the end token is the score.
         torch.testing.assert_close(before[[3, 6]], expected, atol=1e-4, rtol=1e-4)
         train_all(training, run)
         torch.testing.assert_close(score_ids(networks.reward, ids, 0), expected, atol=1e-4, rtol=1e-4)
-        after = networks.measure(batch, with_values=True).values
+        after = networks.compute_logprobs_and_values(batch, with_values=True).values
         assert (after[3] - expected[0]).abs() > 1e-4
 
     against(tmp_path / "run", policy, folder, use, roles="adapters", score_position="after", **LORA)
@@ -220,7 +222,7 @@ def test_the_dropout_of_a_reward_adapter_is_off(policy: Path, tmp_path: Path) ->
         ids = [[3, 7, 4, 6, 7, 1], [3, 8, 4, 9, 1]]
         assert torch.equal(score_ids(networks.reward, ids, 0), score_ids(networks.reward, ids, 0))
         batch = training.collector.batch([[3, 7, 4]], [[6, 7, 1]])
-        assert torch.equal(*(networks.measure(batch, with_values=True).values for _ in range(2)))
+        assert torch.equal(*(networks.compute_logprobs_and_values(batch, with_values=True).values for _ in range(2)))
 
     against(tmp_path / "run", policy, folder, use, roles="adapters", **LORA)
 
@@ -230,7 +232,7 @@ def test_the_value_at_the_state_of_the_end_token_is_the_score(policy: Path, tmp_
 
     def use(training: ppo.Training, run: Run[Any]) -> None:
         batch = training.collector.batch([[3, 7, 4], [3, 8, 4]], [[6, 7, 1], [9, 1]])
-        values = training.collector.networks.measure(batch, with_values=True).values
+        values = training.collector.networks.compute_logprobs_and_values(batch, with_values=True).values
         scores = score_ids(load_scalar_model(str(folder)), [[3, 7, 4, 6, 7, 1], [3, 8, 4, 9, 1]], 0)
         torch.testing.assert_close(values[[3, 6]], scores, atol=1e-5, rtol=1e-5)
 

@@ -86,11 +86,24 @@ def test_scalar_heads_and_embeddings_stay_in_fp32(tiny_lm: Any, tmp_path: Path) 
     assert (causal.lm_head.weight.dtype == torch.float32) == tied, "the embedding would lose its precision"
 
 
-def test_nobody_else_asks_whether_the_hardware_has_bf16() -> None:
+def test_nobody_else_asks_what_the_hardware_is() -> None:
+    """Neither torch, nor transformers', nor accelerate's own questions, in any spelling of the import."""
+    questions = {
+        "backends", "cpuinfo", "device_count", "get_device_capability", "get_device_properties", "is_bf16_supported",
+        "is_bf16_available", "is_cuda_available", "is_mps_available", "is_torch_bf16_gpu_available",
+    }  # fmt: skip
+    asking = []
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
         if path.name == "precision.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute | ast.Name):
-                name = node.attr if isinstance(node, ast.Attribute) else node.id
-                assert name not in ("is_bf16_supported", "is_torch_bf16_gpu_available"), path
+            asks_torch = isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                "torch.cuda.is_available",
+                "cuda.is_available",
+                "torch.accelerator.is_available",
+            )
+            names = {getattr(node, "attr", None), getattr(node, "id", None)}
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom | ast.Import) else set()
+            if asks_torch or names & questions:
+                asking.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}")
+    assert not asking, f"{asking}: ask pipeline/models/precision.py"

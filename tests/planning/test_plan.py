@@ -67,7 +67,7 @@ def test_parameters_by_hand() -> None:
     found = parameters(TINY)
     layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
     assert found.total == 2 * 400 * 32 + 6 * layer + 32
-    assert (found.embedding, found.largest_layer) == (400 * 32, layer)
+    assert found.largest_layer == layer
     assert found.linear == 6 * (layer - 2 * 32)
     assert lora_parameters(TINY, 4, ["q_proj", "v_proj"]) == 6 * 4 * ((32 + 32) + (32 + 16))
     assert parameters(TINY, scalar=True).total == found.total - 400 * 32 + 32
@@ -184,6 +184,20 @@ def test_numbers_and_names_out_of_range_are_one_line() -> None:
     assert "--response-tokens -3.0 is out of range" in plan(
         "recipes/demo", "--gpu", "l4", "--response-tokens", "-3", code=2
     )
+
+
+def test_sizes_that_make_no_model_are_one_line(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes/demo/pretrain.yaml").read_text(encoding="utf-8"))
+    for wrong, complaint in [
+        ({"initializer_range": "1e25"}, "model_config: LlamaConfig refuses these sizes: "),
+        ({"num_attention_heads": 0}, "model_config: LlamaConfig refuses these sizes: "),
+        ({"hidden_sizes": 8}, "model_config: LlamaConfig has no 'hidden_sizes'; did you mean 'hidden_size'?"),
+    ]:
+        changed = {**recipe, "model_config": {**recipe["model_config"], **wrong}}
+        (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
+        error = plan(tmp_path, "--gpu", "l4", code=2)
+        assert complaint in error
+        assert len(error.splitlines()) == 1
 
 
 def test_a_recipe_with_data_is_counted() -> None:

@@ -10,8 +10,8 @@ from pipeline.rollout.alarms import PAGE, Alarms
 import pytest
 
 HEALTHY = {
-    "ratio_first_minibatch": 1e-6,
-    "ratio_max_log": 0.8,
+    "first_minibatch_log_ratio": 1e-6,
+    "max_log_ratio": 0.8,
     "sampling_drift": 1e-6,
     "sampling_drift_worst_response": 1e-5,
     "value_explained_variance": 0.4,
@@ -19,8 +19,8 @@ HEALTHY = {
     "stopped": 0.95,
 }
 BROKEN = {
-    "ratio_first_minibatch": (0.2, "first minibatch already has a log-ratio of 0.2"),
-    "ratio_max_log": (25.0, "ratio exceeds e^20"),
+    "first_minibatch_log_ratio": (0.2, "first minibatch already has a log-ratio of 0.2"),
+    "max_log_ratio": (25.0, "ratio exceeds e^20"),
     "sampling_drift_worst_response": (0.5, "log-probabilities of sampling and training differ"),
     "value_explained_variance": (-5.3, "explains a share of -5.30"),
     "value_grad_norm": (700.0, "gradient norm is 700"),

@@ -40,8 +40,14 @@ def run(stage: str, chain: Path, recipes: Path, tmp_path: Path, extra: str) -> P
     return tmp_path / stage
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize(
+    ("stage", "option"),
+    [
+        pytest.param(stage, option, marks=[] if option == "lora" or stage == "sft" else pytest.mark.full)
+        for stage in ("sft", "reward")
+        for option in OPTIONS
+    ],
+)
 def test_a_run_learns_and_leaves_plain_folders(
     stage: str, option: str, chain: Path, recipes: Path, tmp_path: Path
 ) -> None:

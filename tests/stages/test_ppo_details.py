@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.algorithms.kl import adapt_kl_coef, k2, k3
 from pipeline.algorithms.schedules import lr_factor
 from pipeline.data.batching import epoch_permutation_indices
 from pipeline.data.encoding import ChatEncoder
+from pipeline.errors import UserError
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
@@ -72,7 +74,7 @@ def test_pad_and_unused_ids_are_never_sampled(policy: Path, tmp_path: Path) -> N
     sampled = engine.sample(model, prompts, per_row_uniforms(0, range(100), 3))
     assert not {token for response in sampled for token in response.ids} & set(forbidden)
     train(tmp_path / "run", policy, COUNT_B, **SHORT)
-    assert max(row["ratio_first_minibatch"] for row in rows(tmp_path / "run")) < 1e-5
+    assert max(row["first_minibatch_log_ratio"] for row in rows(tmp_path / "run")) < 1e-5
 
 
 def test_responses_end_at_their_first_stop_token(policy: Path) -> None:
@@ -355,7 +357,7 @@ def test_master_weights_are_fp32_under_bf16(policy: Path, tmp_path: Path) -> Non
 
     dtypes = with_training(tmp_path / "run", policy, COUNT_B, use, **{**SHORT, "precision": "bf16"})
     assert dtypes == {torch.float32}
-    assert max(row["ratio_first_minibatch"] for row in rows(tmp_path / "run")) < 2e-2
+    assert max(row["first_minibatch_log_ratio"] for row in rows(tmp_path / "run")) < 2e-2
 
 
 def test_reference_and_reward_never_move(policy: Path, tmp_path: Path) -> None:
@@ -431,7 +433,7 @@ def test_plain_transformers_loads_what_every_arrangement_leaves(policy: Path, tm
     def use(training: ppo.Training, run: Run[Any]) -> Any:
         ppo.train(training, run)
         batch = training.collector.batch(prompts, responses)
-        measured = training.collector.networks.measure(batch, with_values=True)
+        measured = training.collector.networks.compute_logprobs_and_values(batch, with_values=True)
         ppo.finish(training, run)
         return measured
 
@@ -469,7 +471,7 @@ def test_a_run_killed_in_its_final_evaluation_can_still_finish(policy: Path, tmp
 
     def use(training: ppo.Training, run: Run[Any]) -> None:
         ppo.train(training, run)
-        training.learner.load_best_state_dict(ppo.load_best(tmp_path / "run" / "out"))
+        training.learner.load_weights(ppo.load_best(tmp_path / "run" / "out"))
         raise Killed
 
     with pytest.raises(Killed):
@@ -479,6 +481,39 @@ def test_a_run_killed_in_its_final_evaluation_can_still_finish(policy: Path, tmp
     assert record["weights_sha256"] == whole["weights_sha256"]
     assert record["metrics"] == whole["metrics"]
     assert not (tmp_path / "run" / "out" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"junk")], ids=["lost", "damaged"])
+def test_the_best_networks_are_restored_from_the_checkpoint(
+    damage: Callable[[Path], Any], policy: Path, tmp_path: Path
+) -> None:
+    """A file beside the checkpoint that is lost or damaged between two starts costs nothing."""
+    judge = tmp_path / "run" / "judges.py"
+    judge.parent.mkdir()
+    judge.write_text("def few_b(prompts, responses, rows):\n    return [-float(r.count('b')) for r in responses]\n")
+    settings: dict[str, Any] = {**SHORT, "judges": ["judges:few_b"], "eval_rollouts": 1, "learning_rate": 2e-2}
+    settings |= {"best_metric": "judges", "save_steps": 1}
+
+    def use(training: ppo.Training, run: Run[Any]) -> None:
+        ppo.train(training, run)
+
+    out = tmp_path / "run" / "out"
+    with_training(tmp_path / "run", policy, COUNT_B, use, **settings)
+    damage(out / "best.pt")
+    record = train(tmp_path / "run", policy, COUNT_B, **settings)
+    assert record["resumed_from"], "it went on from a checkpoint"
+    assert record["metrics"]["best_rollout"] == 0
+    before, after = (load_causal_lm(str(path)).state_dict() for path in (policy, out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_lost_best_networks_are_told_in_one_line(tmp_path: Path) -> None:
+    """They are lost while the run goes on: the same command makes it again from the last checkpoint."""
+    for content in (None, b"junk", b""):
+        if content is not None:
+            (tmp_path / "best.pt").write_bytes(content)
+        with pytest.raises(UserError, match=r"best\.pt: is missing or damaged; .* start the same command again"):
+            ppo.load_best(tmp_path)
 
 
 def test_the_average_of_the_best_rollout_is_kept(policy: Path, tmp_path: Path) -> None:
@@ -497,13 +532,13 @@ def test_the_average_of_the_best_rollout_is_kept(policy: Path, tmp_path: Path) -
 def test_a_judge_that_says_nan_is_never_the_best(policy: Path, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from pipeline.rollout.evaluation import is_new_best
+    from pipeline.rollout.evaluation import record_if_best
     from pipeline.training.ppo_state import PPOState
 
     state, args = PPOState(0.1), SimpleNamespace(best_metric="gold")
-    assert not is_new_best({"eval_gold": math.nan}, args, state)
-    assert is_new_best({"eval_gold": -1.0}, args, state)
-    assert not is_new_best({"eval_gold": math.nan}, args, state)
+    assert not record_if_best({"eval_gold": math.nan}, args, state)
+    assert record_if_best({"eval_gold": -1.0}, args, state)
+    assert not record_if_best({"eval_gold": math.nan}, args, state)
     assert (state.best, state.evaluations_since_best) == (-1.0, 1)
 
 

@@ -15,7 +15,7 @@ from pipeline.config.rewards import RewardSource
 from pipeline.data.entries import DatasetEntry
 from pipeline.models.networks import Networks, PolicyLoss, ValueLoss
 from pipeline.ppo import Learner
-from pipeline.rollout.collect import trained_scores
+from pipeline.rollout.collect import ruled_scores, scaled_scores
 from pipeline.rollout.rollout import Rollout, Sample, build_rollout, rollout_metrics, whiten_advantages
 from pipeline.training.ppo_state import PPOState
 from pipeline.training.processes import Processes
@@ -55,7 +55,7 @@ class TableNetworks(Networks):
         self.logprobs = torch.nn.Parameter(torch.tensor(logprobs))
         self.values = torch.nn.Parameter(torch.tensor(values))
         self.trained = {"policy": [self.logprobs], "value": [self.values]}
-        self.parameters = {"policy": 1, "value": 1}
+        self.parameter_counts = {"policy": 1, "value": 1}
 
     def accumulate_gradients(self, batch: Any, policy_loss: PolicyLoss | None, value_loss: ValueLoss) -> None:
         if policy_loss is not None:
@@ -124,7 +124,9 @@ def rollout_of(args: PPOArguments, data: dict[str, Any]) -> tuple[Rollout, float
         )
         for i, n in enumerate(data["lengths"])
     ]
-    scores = trained_scores(samples, args, RunningMoments())
+    scores, moments = ruled_scores(samples, args), RunningMoments()
+    moments.update(scores)
+    scores = scaled_scores(scores, args, moments)
     rollout = build_rollout(samples, scores, args.kl_coef if args.kl_estimator == "k1" else 0.0, args)
     deviation = rollout.advantages.std(unbiased=False).item()
     return whiten_advantages(rollout) if args.whiten_advantages else rollout, deviation
@@ -286,8 +288,8 @@ def test_the_largest_ratio_is_that_of_all_minibatches() -> None:
     learner, _ = learner_of(args, data)
     metrics = learner.update(rollout_of(args, data)[0], {"kl": 1.0, "advantage_std": 1.0})
     moved = [np.abs(data["new"][i, :n] - data["old"][i, :n]).max() for i, n in enumerate(data["lengths"])]
-    assert metrics["ratio_max_log"] == pytest.approx(max(moved), rel=1e-6)
-    assert metrics["ratio_first_minibatch"] <= metrics["ratio_max_log"]
+    assert metrics["max_log_ratio"] == pytest.approx(max(moved), rel=1e-6)
+    assert metrics["first_minibatch_log_ratio"] <= metrics["max_log_ratio"]
 
 
 def test_selecting_sequences_keeps_their_own_tokens() -> None:

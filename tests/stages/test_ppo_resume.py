@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers.launches import kill_when, launch, launch_command, lineage
+from helpers.launches import kill_when, launch, lineage
 from helpers.worlds import make_policy, write_recipe
 from pipeline.training import history
 from pipeline.training.identity import weights_sha256
@@ -51,7 +51,7 @@ def test_killed_and_resumed_equals_not_killed(tmp_path: Path, roles: str, proces
     commands = [["--config", str(run / "ppo.yaml")] for run in runs]
     launch("ppo", commands[0], processes)
     ready = runs[1] / "out" / "checkpoint-5" / "manifest.json"
-    kill_when(launch_command("ppo", commands[1], processes), ready.is_file)
+    kill_when("ppo", commands[1], ready.is_file, processes=processes)
     assert not (runs[1] / "out" / "lineage.json").exists()
     launch("ppo", commands[1], processes)
     one, two = (lineage(run / "out") for run in runs)
@@ -87,7 +87,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert lineage(run / "out")["processes"] == processes
     for one, two in zip(runs[1], runs[2], strict=True):
         for name, value in one.items():
-            if name != "ratio_first_minibatch" and not name.endswith(("_loss", "clip_fraction")):
+            if name != "first_minibatch_log_ratio" and not name.endswith(("_loss", "clip_fraction")):
                 assert two[name] == pytest.approx(value, rel=5e-3, abs=2e-4), name
     first = [next(row for row in runs[n] if "kl_coef" in row) for n in (1, 2)]
     for name in ("score", "response_tokens", "stopped", "advantage_std", "value_loss", "value_grad_norm"):

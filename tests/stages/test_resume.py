@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from helpers.launches import ROOT, STAGES, kill_when, launch, launch_command, lineage, parents, tiny_flags
+from helpers.launches import STAGES, kill_when, launch, lineage, parents, tiny_flags
 
 import pytest
 
@@ -44,11 +44,13 @@ def assert_same(one: Path, other: Path) -> None:
     assert same_history(one, other)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.full if stage == "pretrain" else ()) for stage in STAGES]
+)
 def test_sigkill_and_resume(chain: Path, recipes: Path, tmp_path: Path, stage: str) -> None:
     flags = tiny_flags(stage, tmp_path, config=recipes / f"{stage}.yaml", report_to=None, **parents(stage, chain))
     delay = random.Random(stage).uniform(0, 0.5)
-    code = kill_when(launch_command(stage, flags), checkpoint_ready(tmp_path / stage), delay=delay)
+    code = kill_when(stage, flags, checkpoint_ready(tmp_path / stage), delay=delay)
     assert code != 0
     assert not (tmp_path / stage / "lineage.json").exists()
     launch(stage, flags)
@@ -66,7 +68,7 @@ def test_two_processes_resume(chain: Path, recipes: Path, tmp_path: Path) -> Non
         tiny_flags("ppo", run, config=recipes / "ppo.yaml", report_to=None, **parents("ppo", chain)) for run in runs
     ]
     launch("ppo", flags[0], processes=2)
-    kill_when(launch_command("ppo", flags[1], 2), checkpoint_ready(runs[1] / "ppo"))
+    kill_when("ppo", flags[1], checkpoint_ready(runs[1] / "ppo"), processes=2)
     launch("ppo", flags[1], processes=2)
     assert_same(runs[0] / "ppo", runs[1] / "ppo")
     assert lineage(runs[1] / "ppo")["processes"] == 2
@@ -78,11 +80,8 @@ def test_two_processes_resume(chain: Path, recipes: Path, tmp_path: Path) -> Non
 )
 def test_a_signal_ends_politely(chain: Path, recipes: Path, tmp_path: Path, stage: str, number: int) -> None:
     """`python pipeline/<stage>.py` gives the true exit code; the run goes on from where it stopped."""
-    import sys
-
     flags = tiny_flags(stage, tmp_path, config=recipes / f"{stage}.yaml", report_to=None, **parents(stage, chain))
-    command = [sys.executable, str(ROOT / "pipeline" / f"{stage}.py"), *flags]
-    code = kill_when(command, checkpoint_ready(tmp_path / stage), number=number)
+    code = kill_when(stage, flags, checkpoint_ready(tmp_path / stage), number=number)
     assert code == 128 + number
     assert "ending at the next safe point" in (tmp_path / stage / "log.txt").read_text()
     launch(stage, flags)
@@ -93,7 +92,7 @@ def test_a_signal_ends_politely(chain: Path, recipes: Path, tmp_path: Path, stag
 def test_a_broken_checkpoint_is_not_resumed_from(chain: Path, recipes: Path, tmp_path: Path) -> None:
     """A checkpoint that lost a byte: the run starts over rather than go on from it."""
     flags = tiny_flags("sft", tmp_path, config=recipes / "sft.yaml", report_to=None, **parents("sft", chain))
-    kill_when(launch_command("sft", flags), checkpoint_ready(tmp_path / "sft", after=10))
+    kill_when("sft", flags, checkpoint_ready(tmp_path / "sft", after=10))
     for path in (tmp_path / "sft").glob("checkpoint-*/optimizer.pt"):
         path.unlink()  # stock Trainer would go on with a fresh Adam, silently
     launch("sft", flags)
@@ -120,7 +119,7 @@ def test_three_kills_at_random_moments(chain: Path, recipes: Path, tmp_path: Pat
     folder = tmp_path / "killed" / stage
     last = 0
     for _ in range(3):
-        kill_when(launch_command(stage, killed), checkpoint_ready(folder, after=last), delay=chance.uniform(0, 0.4))
+        kill_when(stage, killed, checkpoint_ready(folder, after=last), delay=chance.uniform(0, 0.4))
         last = max(
             (int(p.parent.name.split("-")[1]) for p in folder.glob("checkpoint-*[0-9]/manifest.json")), default=0
         )

@@ -24,7 +24,7 @@ from pipeline.data.entries import DatasetEntry
 from pipeline.data.records import parse_ranking
 from pipeline.data.splits import labeler_folds
 from pipeline.errors import UserError
-from pipeline.models.loading import refuse_beyond_context
+from pipeline.models.loading import check_context_length
 from pipeline.models.reward_model import init_head, load_scalar_model
 from pipeline.models.tokenizers import assign_template
 from pipeline.reward import RankingTrainer
@@ -268,9 +268,9 @@ def test_encoders_are_backbones_too(style: str, extra: str, recipes: Path, tmp_p
 
 def test_positions_of_roberta_count_from_behind_the_pad() -> None:
     config = RobertaConfig(max_position_embeddings=514, pad_token_id=1)
-    refuse_beyond_context(config, 512, "max_tokens")
+    check_context_length(config, 512, "max_tokens")
     with pytest.raises(UserError, match="513 tokens exceed the model's context of 512"):
-        refuse_beyond_context(config, 513, "max_tokens")
+        check_context_length(config, 513, "max_tokens")
 
 
 def test_a_template_is_assigned_once() -> None:
