@@ -91,11 +91,13 @@ def authenticate(store: Store, token: str) -> Labeler:
     project = token.partition("-")[0]
     if re.fullmatch(r"[0-9a-f]{8}", project) and project != store.project:
         raise Refused(403, "This link belongs to another labeling project. Ask the lead for a link to this one.")
-    digest = hash_token(token)
-    match = None
-    for row in store.connection.execute("SELECT * FROM labelers WHERE token_sha256 IS NOT NULL"):
-        if hmac.compare_digest(row["token_sha256"], digest):
-            match = row
+    digest, holder = hash_token(token), None
+    for number, stored in store.connection.execute(
+        "SELECT id, token_sha256 FROM labelers WHERE token_sha256 IS NOT NULL"
+    ):
+        if hmac.compare_digest(stored, digest):
+            holder = number
+    match = store.connection.execute("SELECT * FROM labelers WHERE id = ?", (holder,)).fetchone()
     if match is None:
         raise Refused(403, "This link is not valid, or not any more. Ask the lead for a new one.")
     if match["excluded"]:

@@ -99,6 +99,7 @@ class Store:
             self.connection.execute("PRAGMA foreign_keys = ON")
             self.connection.execute("PRAGMA cache_size = -65536")  # KiB
             self.connection.execute("PRAGMA temp_store = MEMORY")
+            self.connection.execute("PRAGMA wal_autocheckpoint = 10000")  # pages; labelers wait while the log is merged
             if application == 0:
                 self._create()
             self._check()
