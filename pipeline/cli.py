@@ -18,6 +18,7 @@ from pipeline.training.logs import accept_any_terminal
 COMMANDS = {
     "run": "all stages of a recipe, in order; finished ones are skipped, interrupted ones resume",
     "check": "validate a recipe, or a file of comparisons",
+    "cache": "list or clear the data that stages have read and encoded",
     "plan": "memory, compute, hours and cost of a recipe, before it is launched",
     "score": "write a reward model's scores beside the rows of a file",
     "report": "measure a run and write report/report.json and report/index.html",

@@ -6,21 +6,22 @@ accelerate launch pipeline/pretrain.py --config recipes/demo/pretrain.yaml
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.pretrain import PretrainArguments
 from pipeline.config.stages import SUPPORT
+from pipeline.data.cache import DataCache
 from pipeline.data.collators import BlockCollator
-from pipeline.data.encoding import document_ids
+from pipeline.data.documents import Documents, encode_blocks, split_documents
 from pipeline.data.mixing import mixture_indices, rows_of_each
-from pipeline.data.packing import Block, pack_documents
-from pipeline.data.sources import fingerprint, read_sources, split_texts
-from pipeline.errors import UserError
+from pipeline.data.packing import Chosen, Joined, lazy_dataset
+from pipeline.data.sources import fingerprint, read_sources
 from pipeline.evaluation.language import bits_per_byte, mean_loss, perplexity
 from pipeline.models.experts import set_router_loss
 from pipeline.models.loading import check_context_length, load_causal_lm, new_causal_lm
-from pipeline.models.tokenizer_training import train_tokenizer
+from pipeline.models.tokenizer_training import train_bpe, with_roles
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
 from pipeline.models.trials import isolates_packed_documents
 from pipeline.training.identity import tokenizer_hashes
@@ -36,7 +37,7 @@ from pipeline.training.trainer import (
     training_arguments,
 )
 
-import datasets
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 logger = logging.getLogger("pipeline.pretrain")  # __name__ is __main__ under accelerate launch
@@ -45,7 +46,7 @@ logger = logging.getLogger("pipeline.pretrain")  # __name__ is __main__ under ac
 def main(run: Run[PretrainArguments]) -> None:
     args = run.args
     parent = verify_parent(args.parent, SUPPORT["pretrain"].parents) if args.parent else None
-    sources = read_sources(args.datasets, "document", args.data_root)
+    sources = read_sources(args.datasets, "document", args.data_root, args.data_cache)
     folder = parent.path if parent else args.tokenizer
     given = load_tokenizer(folder) if folder else None
     if parent and given:
@@ -58,8 +59,8 @@ def main(run: Run[PretrainArguments]) -> None:
     if run.already_done():
         return
 
-    texts = [split_texts(source, args.held_out_fraction) for source in sources]
-    tokenizer = given or _new_tokenizer(args, [text for training, _ in texts for text in training])
+    documents = [split_documents(source, args.held_out_fraction) for source in sources]
+    tokenizer = given or new_tokenizer(args, documents)
     if parent:
         model = load_causal_lm(parent.path)
         check_context_length(model.config, args.block_tokens, "block_tokens")
@@ -72,21 +73,21 @@ def main(run: Run[PretrainArguments]) -> None:
     if not isolated:
         logger.warning("pretrain: documents that share a block would see each other in this model; one per block")
 
-    blocks = encode_blocks(tokenizer, texts, isolated, args)
-    sizes = [len(part) for part in blocks.training]
+    blocks = encode_blocks(documents, tokenizer, args.block_tokens, isolated)
+    sizes, held_out = [len(part) for part in blocks.training], Joined(blocks.held_out)
     epoch = mixture_indices(sizes, [source.weight for source in sources], args.seed)
-    mixed = datasets.Dataset.from_list([block for part in blocks.training for block in part]).select(epoch)
+    mixed = lazy_dataset(Chosen(Joined(blocks.training), epoch))
     parameters = model.num_parameters()
     logger.info(
         "pretrain: %d blocks of %d tokens, %d held out, %.2f M parameters",
-        len(mixed), args.block_tokens, len(blocks.held_out), parameters / 1e6,
+        len(mixed), args.block_tokens, len(held_out), parameters / 1e6,
     )  # fmt: skip
 
     trainer = PretrainTrainer(
         model=model,
         args=training_arguments(TrainingArguments, run),
         train_dataset=mixed,
-        eval_dataset=blocks.held_out,
+        eval_dataset=held_out,
         data_collator=BlockCollator(tokenizer.pad_token_id, position_ids=isolated),
         processing_class=tokenizer,
     )
@@ -107,7 +108,7 @@ def main(run: Run[PretrainArguments]) -> None:
     run.finish(
         parents=[parent.record()] if parent else [],
         datasets=[
-            {**s.provenance(), "epochs_seen": epochs[i], "train_tokens": _tokens(blocks.training[i])}
+            {**s.provenance(), "epochs_seen": epochs[i], "train_tokens": blocks.training[i].tokens}
             for i, s in enumerate(sources)
         ],
         tokenizer=tokenizer,
@@ -117,30 +118,6 @@ def main(run: Run[PretrainArguments]) -> None:
         summary=f"perplexity {metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.3f} bits per byte held out, "
         + ", ".join(f"{s.name} seen {epochs[i]:.2f}×" for i, s in enumerate(sources)),
     )
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """training: the packed blocks of each source; held_out: those of all of them; held_out_bytes: of their text, UTF-8."""
-
-    training: list[list[Block]]
-    held_out: list[Block]
-    held_out_bytes: int
-
-
-def encode_blocks(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[tuple[list[str], list[str]]],
-    isolated: bool,
-    args: PretrainArguments,
-) -> Blocks:
-    """Tokenise and pack the (training, held-out) texts of each source."""
-    training = [blocks_of(tokenizer, part, args.block_tokens, isolated) for part, _ in texts]
-    held_out = [block for _, part in texts for block in blocks_of(tokenizer, part, args.block_tokens, isolated)]
-    if not any(training) or not held_out:
-        what = "was held out; raise held_out_fraction" if any(training) else "is left to train on; lower it"
-        raise UserError(f"no document {what} or give more documents")
-    return Blocks(training, held_out, sum(len(text.encode()) for _, part in texts for text in part))
 
 
 class PretrainTrainer(StageTrainer, Trainer):
@@ -162,20 +139,25 @@ class PretrainTrainer(StageTrainer, Trainer):
         return super().compute_loss(model, {**inputs, **options}, *args, **kwargs)
 
 
-def _new_tokenizer(args: PretrainArguments, texts: list[str]) -> PreTrainedTokenizerBase:
+def new_tokenizer(args: PretrainArguments, documents: Sequence[Documents]) -> PreTrainedTokenizerBase:
+    """A tokenizer trained on the training documents; the data cache keeps its vocabulary."""
     assert args.train_tokenizer is not None
-    return train_tokenizer(texts, args.train_tokenizer.vocab_size)
+    size = args.train_tokenizer.vocab_size
 
+    def build(folder: Path) -> dict[str, Any]:
+        texts = (text for part in documents for text in part.texts(part.training))
+        train_bpe(texts, size).save(str(folder / "tokenizer.json"))
+        return {}
 
-def blocks_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], block_tokens: int, isolated: bool) -> list[Block]:
-    """Documents in blocks of `block_tokens`; where the model does not keep documents apart, each block holds one."""
-    documents = document_ids(tokenizer, texts) if texts else []
-    groups = [documents] if isolated else [[document] for document in documents]
-    return [block for group in groups for block in pack_documents(group, block_tokens)]
-
-
-def _tokens(blocks: list[Block]) -> int:
-    return sum(len(block["input_ids"]) for block in blocks)
+    identity = {
+        "vocab_size": size,
+        "held_out_fraction": args.held_out_fraction,
+        "trained_on": [[part.source.records.keys, part.source.single_document] for part in documents],
+        "code": Path(train_bpe.__code__.co_filename).read_text(encoding="utf-8"),
+    }
+    names = ", ".join(part.source.name for part in documents)
+    entry = DataCache(args.data_cache).entry(f"tokenizer of {names}", identity, build)
+    return with_roles(Tokenizer.from_file(str(entry.folder / "tokenizer.json")))
 
 
 if __name__ == "__main__":

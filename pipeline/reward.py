@@ -9,7 +9,7 @@ loss (InstructGPT, section 3.5). A comparison is a ranking of two. Scores are ce
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,13 @@ from pipeline.algorithms.preference import ranking_loss
 from pipeline.config.functions import import_function, source_sha256
 from pipeline.config.reward import RewardArguments
 from pipeline.config.stages import SUPPORT
-from pipeline.data.arrow_storage import StoredRecords, write_arrow
 from pipeline.data.batching import LengthGroupedSampler
 from pipeline.data.collators import RankingCollator
-from pipeline.data.comparisons import RankingSplit, find_invalid_rankings, labelers_of, split_rankings, summary
-from pipeline.data.encoded_rankings import FEATURES, EncodedRanking, RankingOptions, encode_rankings, for_training
+from pipeline.data.comparisons import RankingSplit, labelers_of, split_rankings, stored_invalid_rankings, summary
+from pipeline.data.encoded_rankings import RankingOptions, RankingTable, TrainingRows, store_rankings
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.mixing import mixture_indices
+from pipeline.data.packing import Chosen, Joined, lazy_dataset
 from pipeline.data.sources import Source, fingerprint, read_sources, replace_records
 from pipeline.data.splits import labeler_folds
 from pipeline.errors import UserError
@@ -45,7 +45,7 @@ from pipeline.training.trainer import (
     training_arguments,
 )
 
-import datasets
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import set_seed
@@ -57,8 +57,8 @@ logger = logging.getLogger("pipeline.reward")  # __name__ is __main__ under acce
 def main(run: Run[RewardArguments]) -> None:
     args = run.args
     parent = verify_parent(args.parent, SUPPORT["reward"].parents)
-    sources = read_sources(args.datasets, "ranking", args.data_root, on_disk=True)
-    demonstrations = read_sources(args.center_on, "demonstration", args.data_root)
+    sources = read_sources(args.datasets, "ranking", args.data_root, args.data_cache)
+    demonstrations = read_sources(args.center_on, "demonstration", args.data_root, args.data_cache)
     truth = import_function(args.truth) if args.truth else None
     tokenizer = load_tokenizer(parent.path)
     parent.check_tokenizer(tokenizer)
@@ -84,21 +84,22 @@ def main(run: Run[RewardArguments]) -> None:
     trainer = RankingTrainer(
         model=model,
         args=training_arguments(RewardConfig, run, disable_dropout=False, max_length=None),
-        train_dataset=rows,
-        eval_dataset=datasets.Dataset.from_list([for_training(row) for row in held_out], features=FEATURES),
+        train_dataset=lazy_dataset(rows),
+        eval_dataset=lazy_dataset(Joined([TrainingRows(table) for table in rankings.held_out_tables])),
         data_collator=RankingCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         peft_config=lora_config(model, args.lora, "SEQ_CLS", tokenizer) if args.lora else None,
     )
     trainer.tie_margin = args.tie_margin if args.ties == "margin" else 0.0
     if args.group_by_length:
-        trainer.order = LengthGroupedSampler(rows["length"], args.examples_per_step, args.seed)
+        trainer.order = LengthGroupedSampler(rankings.lengths, args.examples_per_step, args.seed)
     prepare_trainer(trainer, run)
-    pairs = sum(rows["num_pairs"])
+    pairs = rankings.pairs
     logger.info("reward: %d rankings with %d pairs, %d held out", len(rows), pairs, len(held_out))
     resumed = train(trainer, run)
 
     save_trained(trainer, tokenizer, load_base=lambda: load_scalar_model(parent.path))
+    run.round_saved_weights()  # before scores are measured
     run.processes.barrier()
     final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
     metrics: dict[str, Any] = {}
@@ -108,8 +109,8 @@ def main(run: Run[RewardArguments]) -> None:
         metrics |= evaluate_reward_model(
             final,
             tokenizer.pad_token_id,
-            held_out,
-            rankings.held_out_labelers,
+            list(held_out),
+            list(rankings.held_out_labelers),
             truth=Truth(str(args.truth), truth) if truth else None,
             tie_margin=trainer.tie_margin,
         )
@@ -151,11 +152,18 @@ def prepare_model(model: Any, tokenizer: Any, *, new_head: bool, args: RewardArg
 
 @dataclass(frozen=True)
 class EncodedRankings:
-    """training: one epoch of the mixture, on disk; held_out: unseen prompts; held_out_labelers: those of labelers kept out."""
+    """training: one epoch of the mixture, lengths: of its rows, pairs: in all of it; held_out: unseen prompts;
+    held_out_labelers: those of labelers kept out."""
 
-    training: datasets.Dataset
-    held_out: list[Any]  # of EncodedRanking
-    held_out_labelers: list[Any]
+    training: Sequence[Any]
+    lengths: np.ndarray
+    pairs: int
+    held_out_tables: list[RankingTable]
+    held_out_labelers: Sequence[Any]
+
+    @property
+    def held_out(self) -> Sequence[Any]:  # of EncodedRanking
+        return Joined(self.held_out_tables)
 
 
 def encode_split(
@@ -170,22 +178,25 @@ def encode_split(
         labeler_weights=args.labeler_weights,
     )
 
-    def encoded(parts: Sequence[Sequence[int]], name: str) -> Iterator[Iterator[EncodedRanking]]:
+    def encoded(parts: Sequence[np.ndarray], name: str) -> list[RankingTable]:
         """The rows at some positions in each source."""
-        for source, positions in zip(sources, parts, strict=True):
-            yield encode_rankings(encoder, (source.records[i] for i in positions), options, name)
+        return [
+            store_rankings(encoder, source.records.select(positions), options, name)
+            for source, positions in zip(sources, parts, strict=True)
+        ]
 
-    tables = [write_arrow(map(for_training, part), FEATURES) for part in encoded(split.training, "training")]
+    tables = encoded(split.training, "training")
     epoch = mixture_indices([len(table) for table in tables], [source.weight for source in sources], args.seed)
-    training = datasets.concatenate_datasets(tables).select(epoch)
-    held_out: list[Any] = [row for part in encoded(split.held_out, "held-out") for row in part]
-    others: list[Any] = [row for part in encoded(split.held_out_labelers, "held-out labelers'") for row in part]
-    if not len(training) or not held_out:
+    training = Chosen(Joined([TrainingRows(table) for table in tables]), epoch)
+    held_out = encoded(split.held_out, "held-out")
+    others = Joined(encoded(split.held_out_labelers, "held-out labelers'"))
+    if not len(training) or not any(map(len, held_out)):
         raise UserError(
-            f"{len(training)} rankings to train on and {len(held_out)} held out; both are needed: "
+            f"{len(training)} rankings to train on and {sum(map(len, held_out))} held out; both are needed: "
             "raise max_tokens, change held_out_fraction or give more rankings"
         )
-    return EncodedRankings(training, held_out, others)
+    lengths, pairs = (np.concatenate([t.numbers(name) for t in tables])[epoch] for name in ("length", "num_pairs"))
+    return EncodedRankings(training, lengths, int(pairs.sum()), held_out, others)
 
 
 def scale_and_center(
@@ -264,7 +275,7 @@ class RankingTrainer(StageTrainer, RewardTrainer):
 
 def without_invalid_rankings(source: Source, args: RewardArguments) -> Source:
     """Drop (or refuse) rankings that cannot be trained on, saying how many, why and where."""
-    valid, problems = find_invalid_rankings(source.records, args.ties)
+    valid, problems = stored_invalid_rankings(source.records, args.ties)
     if problems:
         if (source.problems or args.problems) == "error":
             line, reason = problems[0]
@@ -274,7 +285,6 @@ def without_invalid_rankings(source: Source, args: RewardArguments) -> Source:
                 line=line,
             )
         logger.warning("reward: %s", summary(problems, source.location))
-    assert isinstance(source.records, StoredRecords)
     return replace_records(source, source.records.select(valid))
 
 

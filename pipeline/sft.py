@@ -6,17 +6,20 @@ accelerate launch pipeline/sft.py --config recipes/demo/sft.yaml
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config.sft import SFTArguments
 from pipeline.config.stages import SUPPORT
 from pipeline.data.collators import BlockCollator
-from pipeline.data.encoding import IGNORE, ChatEncoder
+from pipeline.data.encoded import encode_examples
+from pipeline.data.encoding import ChatEncoder
 from pipeline.data.mixing import mixture_indices
-from pipeline.data.packing import join_examples, pack_examples
-from pipeline.data.records import Record, at_row
+from pipeline.data.packing import Chosen, Joined, lazy_dataset, one_per_row, pack_examples
+from pipeline.data.records import Record
 from pipeline.data.sources import Source, fingerprint, read_sources
-from pipeline.data.splits import split_records
+from pipeline.data.stored_records import StoredRecords
 from pipeline.errors import UserError
 from pipeline.evaluation.language import mean_loss, perplexity
 from pipeline.models.loading import check_context_length, keep_router_logits_off, load_causal_lm
@@ -43,9 +46,11 @@ from pipeline.training.trainer import (
     training_arguments,
 )
 
-import datasets
-from transformers import set_seed
+import numpy as np
+from peft import PeftModel
+from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils
 
 logger = logging.getLogger("pipeline.sft")  # __name__ is __main__ under accelerate launch
 Example = tuple[list[int], list[int]]
@@ -54,7 +59,7 @@ Example = tuple[list[int], list[int]]
 def main(run: Run[SFTArguments]) -> None:
     args = run.args
     parent = verify_parent(args.parent, SUPPORT["sft"].parents)
-    sources = read_sources(args.datasets, "demonstration", args.data_root)
+    sources = read_sources(args.datasets, "demonstration", args.data_root, args.data_cache)
     tokenizer = load_tokenizer(parent.path)
     parent.check_tokenizer(tokenizer)
     run.output.inputs = {
@@ -79,9 +84,8 @@ def main(run: Run[SFTArguments]) -> None:
         logger.warning("sft: %s", note)
 
     demonstrations = encode_demonstrations(encoder, sources, args)
-    training = demonstrations.training
-    rows = pack_examples(training, args.max_tokens) if packing else [join_examples([e]) for e in training]
-    held_out = demonstrations.held_out
+    training, held_out = demonstrations.training, demonstrations.held_out
+    rows = pack_examples(training, args.max_tokens, demonstrations.lengths) if packing else one_per_row(training)
     logger.info("sft: %d demonstrations in %d rows, %d held out", len(training), len(rows), len(held_out))
 
     trainer = DemonstrationTrainer(
@@ -94,15 +98,15 @@ def main(run: Run[SFTArguments]) -> None:
             max_length=None,
             greater_is_better=args.best_metric not in ("none", "loss"),
         ),
-        train_dataset=datasets.Dataset.from_list(rows),
-        eval_dataset=datasets.Dataset.from_list([join_examples([e]) for e in held_out]),
+        train_dataset=lazy_dataset(rows),
+        eval_dataset=lazy_dataset(one_per_row(held_out)),
         data_collator=BlockCollator(tokenizer.pad_token_id, position_ids=packing),
         processing_class=tokenizer,
         peft_config=lora_config(model, args.lora, "CAUSAL_LM", tokenizer) if args.lora else None,
     )
     if args.score:
         scorer = build_scorer(args.score, ScoringSetup(encoder, trainer.accelerator.device, stop_ids))
-        records = demonstrations.held_out_records[: args.score_prompts]
+        records = list(demonstrations.held_out_records[: args.score_prompts])
         trainer.greedy_score = GreedyScore(encoder, scorer, records, args.max_response_tokens)
     keep_router_logits_off(model)  # TRL asks for them in its calls
     prepare_trainer(trainer, run)
@@ -134,6 +138,16 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
 
     greedy_score: GreedyScore | None = None
 
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.labelled_only = compute_labelled_logprobs_only(self)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss without its metrics of every step, which nothing reads."""
+        if not self.labelled_only:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return Trainer.compute_loss(self, model, {**inputs, "fused_lm_head": True}, *args, **kwargs)
+
     def measure(self) -> dict[str, float]:
         nll, tokens, hits = measure_tokens(self, self.eval_dataset, self.eval_rows)
         metrics = {
@@ -146,59 +160,87 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
         return metrics
 
 
+def compute_labelled_logprobs_only(trainer: Any) -> bool:
+    """Replace TRL's (1.16) LM head in a SFTTrainer's model: no logits of tokens without a label, no entropy, no top token.
+
+    TRL does the former on GPUs alone; `_use_triton` in trl.trainer.utils, which decides it, is private.
+
+    Returns:
+        whether it was replaced; if not (a router's loss, label smoothing or a loss of another kind), TRL's own is needed.
+    """
+    if trainer.aux_loss_enabled or trainer.label_smoother is not None or trainer.args.loss_type != "nll":
+        return False
+    if not hasattr(utils, "_use_triton"):
+        raise RuntimeError("trl.trainer.utils has no _use_triton: another version of TRL than 1.16 is installed")
+    utils._use_triton = lambda _: True
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    utils.add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
+    return True
+
+
 @dataclass(frozen=True)
 class Demonstrations:
-    """training: one epoch of the mixture; held_out: examples, and the records that they come from."""
+    """training: one epoch of the mixture, lengths: of its examples; held_out: examples, and the records of that side."""
 
-    training: list[Example]
-    held_out: list[Example]
-    held_out_records: list[Record]
+    training: Sequence[Example]
+    lengths: np.ndarray
+    held_out: Sequence[Example]
+    held_out_records: Sequence[Record]
 
 
 def encode_demonstrations(encoder: ChatEncoder, sources: list[Source], args: SFTArguments) -> Demonstrations:
     """Split every source, encode both parts, and mix the training parts by the sources' weights."""
-    splits = [split_records(source.records, args.held_out_fraction) for source in sources]
-    parts = [encode(encoder, s, part, args) for s, (part, _) in zip(sources, splits, strict=True)]
-    held_out = [e for s, (_, part) in zip(sources, splits, strict=True) for e in encode(encoder, s, part, args)]
-    if not any(parts):
-        if not any(part for part, _ in splits):
+    sides = [source.records.held_out(args.held_out_fraction) for source in sources]
+    encoded = [encode(encoder, source, side, args) for source, side in zip(sources, sides, strict=True)]
+    parts, held_out = [part for part, _, _ in encoded], Joined([part for _, _, part in encoded])
+    if not any(map(len, parts)):
+        if all(side.all() for side in sides):
             raise UserError("no demonstration is left to train on; lower held_out_fraction or give more demonstrations")
         raise UserError(f"no demonstration fits into max_tokens ({args.max_tokens}); raise it")
     if not held_out:
         raise UserError("no demonstration was held out; raise held_out_fraction or give more demonstrations")
-    examples = [example for part in parts for example in part]
     epoch = mixture_indices([len(part) for part in parts], [source.weight for source in sources], args.seed)
-    return Demonstrations([examples[i] for i in epoch], held_out, [record for _, part in splits for record in part])
+    return Demonstrations(
+        training=Chosen(Joined(parts), epoch),
+        lengths=np.concatenate([lengths for _, lengths, _ in encoded])[epoch],
+        held_out=held_out,
+        held_out_records=Joined(
+            [s.records.select(np.flatnonzero(side)) for s, side in zip(sources, sides, strict=True)]
+        ),
+    )
 
 
-def encode(encoder: ChatEncoder, source: Source, records: list[Record], args: SFTArguments) -> list[Example]:
-    """Token ids and labels of each demonstration that fits; the others are counted and named.
+def encode(
+    encoder: ChatEncoder, source: Source, held_out: np.ndarray, args: SFTArguments
+) -> tuple[Sequence[Example], np.ndarray, Sequence[Example]]:
+    """The training examples that fit, their lengths, and the held-out ones; those that are left out are counted and named.
 
     A dialogue is one example, or one per answer where its template writes earlier answers otherwise than it prompts.
+
+    Args:
+        held_out: (records,) bool.
     """
-    examples: list[Example] = []
-    too_long: list[int] = []
-    nothing_learnt: list[int] = []
-    for record in records:
-        with at_row(record):
-            encoded = encoder.examples(record["messages"], record["trained"], args.loss_on)
-        for ids, labels in encoded:
-            if len(ids) > args.max_tokens:
-                too_long.append(record["line"])
-            elif all(label == IGNORE for label in labels[1:]):
-                nothing_learnt.append(record["line"])
-            else:
-                examples.append((ids, labels))
-    warn_left_out(source, f"are longer than max_tokens ({args.max_tokens})", too_long, len(records))
-    warn_left_out(source, "hold no token that is learnt", nothing_learnt, len(records))
-    return examples
+    examples = encode_examples(source.records, encoder, args.loss_on)
+    too_long = examples.lengths > args.max_tokens
+    nothing_learnt = ~too_long & ~examples.learnt
+    side = held_out[examples.record]
+    for part, total in ((~side, (~held_out).sum()), (side, held_out.sum())):
+        for left_out, why in (
+            (too_long, f"are longer than max_tokens ({args.max_tokens})"),
+            (nothing_learnt, "hold no token that is learnt"),
+        ):
+            warn_left_out(source, why, source.records.select(examples.record[left_out & part]), int(total))
+    fits = ~too_long & ~nothing_learnt
+    training = np.flatnonzero(fits & ~side)
+    return Chosen(examples, training), examples.lengths[training], Chosen(examples, np.flatnonzero(fits & side))
 
 
-def warn_left_out(source: Source, why: str, lines: list[int], total: int) -> None:
-    if lines:
-        shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
+def warn_left_out(source: Source, why: str, records: StoredRecords, total: int) -> None:
+    if records:
+        lines = [record["line"] for record in records[:5]]
+        shown = ", ".join(map(str, lines)) + (", …" if len(records) > 5 else "")
         logger.warning(
-            "sft: %s: %d of %d demonstrations %s and left out (lines %s)", source.name, len(lines), total, why, shown
+            "sft: %s: %d of %d demonstrations %s and left out (lines %s)", source.name, len(records), total, why, shown
         )
 
 

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.documents import split_texts
 from pipeline.data.encoding import document_ids
 from pipeline.data.entries import DatasetEntry
 from pipeline.data.sources import read_sources
 from pipeline.models.tokenizers import load_tokenizer
-from pipeline.pretrain import split_texts
 from pipeline.training.lineage import read_lineage
 
 

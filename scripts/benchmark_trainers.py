@@ -37,6 +37,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", required=True, help="a finished run of the demo, whose stages are the parents")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--peers", nargs="+", help="these alone, of: trainer, trl, trainer-padded, trl-padded")
+    parser.add_argument("--cpu-time", action="store_true", help="ratios of CPU time, on a machine that others use too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help="further flags of the stage, after --")
@@ -70,10 +72,10 @@ def run_stage(args: argparse.Namespace, folder: Path, *, write_rows: bool) -> No
             trainer.model.save_pretrained(folder / "start")
             trainer.processing_class.save_pretrained(folder / "start")
             os._exit(0)
-        started = time.perf_counter()
+        trainer.args.save_strategy = "no"  # else the last step writes a checkpoint
+        started = _clocks()
         result = train(trainer, run)
-        seconds = time.perf_counter() - started
-        _write_result(folder, seconds, trainer)
+        _write_result(folder, started, trainer)
         return result
 
     stage.train = timed
@@ -140,9 +142,9 @@ def run_peer(args: argparse.Namespace, folder: Path) -> None:
         )
     else:
         trainer = Trainer(args=TrainingArguments(**options), **shared)
-    started = time.perf_counter()
+    started = _clocks()
     trainer.train()
-    _write_result(folder, time.perf_counter() - started, trainer)
+    _write_result(folder, started, trainer)
 
 
 def examples_of(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
@@ -154,10 +156,17 @@ def examples_of(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
     ]
 
 
-def _write_result(folder: Path, seconds: float, trainer: Any) -> None:
+def _clocks() -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def _write_result(folder: Path, started: tuple[float, float], trainer: Any) -> None:
+    seconds, cpu_seconds = (now - then for now, then in zip(_clocks(), started, strict=True))
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     result = {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "last_loss": losses[-1] if losses else None,
@@ -190,19 +199,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.child in ("rows", "ours"):
             return run_stage(args, folder, write_rows=args.child == "rows")
         return run_peer(args, folder)
+    sides = ("ours", *(side for side in PEERS[args.stage] if not args.peers or side in args.peers))
+    clock = "cpu_seconds" if args.cpu_time else "seconds"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         in_child(args, "rows", folder)
-        sides = ("ours", *PEERS[args.stage])
         speeds: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(args.rounds):
             for side in sides[number % len(sides) :] + sides[: number % len(sides)]:
                 result = in_child(args, side, folder)
-                speeds[side].append(result["epochs"] / result["seconds"])  # of the same rows: epochs per second compare
+                speeds[side].append(result["epochs"] / result[clock])  # of the same rows: epochs per second compare
                 print(f"round {number + 1} {side}: {result}", flush=True)
     ratios = {
         side: sorted(round(ours / theirs, 3) for ours, theirs in zip(speeds["ours"], speeds[side], strict=True))
-        for side in PEERS[args.stage]
+        for side in sides[1:]
     }
     summary = {
         side: {"median": statistics.median(values), "lowest": values[0], "highest": values[-1]}
@@ -215,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "ratios": summary,
                 "rounds": args.rounds,
                 "threads": args.threads,
+                "clock": clock,
                 "flags": args.flags,
             }
         )

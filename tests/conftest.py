@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ os.environ.update(
     WANDB_MODE="offline",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_DISABLE_TELEMETRY="1",
+    RLHF_DATA_CACHE=tempfile.mkdtemp(prefix="rlhf-test-cache-"),  # of this process and those that it launches
     OMP_NUM_THREADS="1",
 )
 
@@ -26,6 +29,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _data_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["RLHF_DATA_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,10 @@ from pipeline.commands.stand_ins import own_config, save_shrunk
 from pipeline.config.functions import import_from
 from pipeline.config.reader import load
 from pipeline.config.stages import REWARD_PARENTS, STAGES, SUPPORT, recipe_stages
-from pipeline.data.encoding import ChatEncoder, document_ids
-from pipeline.data.records import Record
+from pipeline.data.encoded import encode_documents, encode_examples, encode_prompts
+from pipeline.data.encoding import ChatEncoder
+from pipeline.data.parallel import map_batches
+from pipeline.data.records import Record, at_row
 from pipeline.data.sources import Source, read_sources
 from pipeline.errors import UserError
 from pipeline.models.tokenizer_training import train_tokenizer
@@ -107,10 +109,10 @@ def dataset_rows(name: str, args: Any, checked: Checked) -> list[tuple[str, str,
     """
     if args.parent and not checked.pending(args.parent):
         checked.tokenizer = load_tokenizer(verify_parent(args.parent, SUPPORT[name].parents).path)
-    sources = read_sources(args.datasets, SUPPORT[name].rows, args.data_root)
-    sources += read_sources(getattr(args, "eval_datasets", []), "prompt", args.data_root)
+    sources = read_sources(args.datasets, SUPPORT[name].rows, args.data_root, args.data_cache)
+    sources += read_sources(getattr(args, "eval_datasets", []), "prompt", args.data_root, args.data_cache)
     if name == "pretrain" and not args.parent:
-        texts = [record["text"] for source in sources for record in source.records]
+        texts = (record["text"] for source in sources for record in source.records)
         checked.tokenizer = (
             load_tokenizer(args.tokenizer)
             if args.tokenizer
@@ -125,24 +127,28 @@ def dataset_rows(name: str, args: Any, checked: Checked) -> list[tuple[str, str,
 
 
 def _lengths(stage: str, source: Source, tokenizer: Any, args: Any) -> list[int]:
+    """Tokens of each row, from the data cache where the stage has encoded them or will take them from there."""
     records = source.records
     if stage == "pretrain":
-        return [len(ids) for ids in document_ids(tokenizer, [r["text"] for r in records])]
+        return encode_documents(records, tokenizer).lengths.tolist()
     if stage != "ppo" or args.chat_template:  # PPO refuses a parent without one
         assign_template(tokenizer, chat_template=args.chat_template)
     if not tokenizer.chat_template:
         return [0 for _ in records]
     encoder = ChatEncoder(tokenizer)
-    return [_length(stage, record, encoder) for record in records]
-
-
-def _length(stage: str, record: Record, encoder: ChatEncoder) -> int:
     if stage == "sft":
-        return len(encoder.dialogue(record["messages"])[0])
-    prompt = len(encoder.prompt_ids(record["prompt"]))
+        return encode_examples(records, encoder, args.loss_on).lengths.tolist()
     if stage == "ppo":
-        return prompt
-    return prompt + max(len(encoder.response_ids(response)) for response in record["responses"])
+        return encode_prompts(records, encoder).lengths.tolist()
+    batches = map_batches(lambda batch: [_longest(record, encoder) for record in batch], records.in_batches())
+    return [length for batch in batches for length in batch]
+
+
+def _longest(record: Record, encoder: ChatEncoder) -> int:
+    with at_row(record):
+        return len(encoder.prompt_ids(record["prompt"])) + max(
+            len(encoder.response_ids(r)) for r in record["responses"]
+        )
 
 
 def _check_lengths(stage: str, source: Source, lengths: list[int], args: Any) -> None:

@@ -18,12 +18,18 @@ class StageArguments:
 
     datasets: list[DatasetEntry] = key([], "the stage's data", group="Data")
     data_root: str = key(".", "what relative paths of datasets are relative to", path=True)
+    data_cache: str | None = key(
+        None, "folder of the data cache; default: $RLHF_DATA_CACHE, else ~/.cache/rlhf-pipeline/data", path=True
+    )
     held_out_fraction: float = key(0.02, "share of the prompts (or documents) kept for evaluation, by hash", 0, 0.9)
     output_dir: str = key(
         "", "folder that the stage fills; a folder of another finished run is refused", group="Run", path=True
     )
     seed: int = key(0, "seed of everything random", 0, 2**32 - 1)
     precision: Precision = key("auto", "bf16 autocast over fp32 weights, or fp32; auto: bf16 where the hardware has it")
+    save_dtype: Literal["fp32", "bf16"] = key(
+        "fp32", "weights that the stage hands on; bf16: half the disk, each rounded once, scalar heads stay fp32"
+    )
     threads: int | None = key(None, "CPU threads of each process; default: what the launcher set", 1, 4096)
     logging_steps: int = key(10, "steps (rollouts in PPO) between two logged lines", 1, 1e9)
     save_steps: int = key(100, "steps (rollouts in PPO) between two resumable checkpoints", 1, 1e9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -14,13 +15,13 @@ def seeded_order(seed: int, count: int) -> list[int]:
 
 def epoch_permutation_indices(count: int, first: int, number: int, seed: int) -> list[int]:
     """Positions `first` to `first + number` of a sequence of seeded permutations of `count` items."""
-    orders: dict[int, list[int]] = {}
-    picked = []
-    for position in range(first, first + number):
-        epoch, index = divmod(position, count)
-        if epoch not in orders:
-            orders[epoch] = seeded_order(seed * 1_000_003 + epoch, count)
-        picked.append(orders[epoch][index])
+    picked: list[int] = []
+    while number:
+        epoch, index = divmod(first, count)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        picked += torch.randperm(count, generator=generator)[index : index + number].tolist()
+        taken = min(number, count - index)
+        first, number = first + taken, number - taken
     return picked
 
 
@@ -35,8 +36,8 @@ class LengthGroupedSampler(Sampler[int]):
         pool: batches' worth of rows that are sorted by length together.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int, pool: int = 50):
-        self.lengths, self.batch, self.seed, self.pool = list(lengths), batch, seed, pool
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch: int, seed: int, pool: int = 50):
+        self.lengths, self.batch, self.seed, self.pool = np.asarray(lengths), batch, seed, pool
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -61,7 +62,7 @@ class LengthGroupedSampler(Sampler[int]):
             yield from batch
 
 
-def microbatches(lengths: Sequence[int], rows: Sequence[int], max_tokens: int) -> list[list[int]]:
+def microbatches(lengths: Sequence[int] | np.ndarray, rows: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Rows of similar length together: at most `max_tokens` tokens in a group, and at most twice as many if its rows were
     padded, as they are in attention (one row at least)."""
     groups: list[list[int]] = []

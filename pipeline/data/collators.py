@@ -8,14 +8,17 @@ from typing import Any
 
 from pipeline.data.encoding import IGNORE
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def right_pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """(rows, longest) int64; shorter rows end in `value`."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long)
+    padded = np.full((len(rows), max(len(row) for row in rows)), value, np.int64)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(padded)
 
 
 @dataclass

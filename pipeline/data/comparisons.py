@@ -7,11 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from pipeline.data.records import Record
-from pipeline.data.sources import Source
-from pipeline.data.splits import is_held_out
+
+import numpy as np
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from pipeline.data.sources import Source
+    from pipeline.data.stored_records import StoredRecords
 
 Problem = tuple[int, str]  # line, reason
 
@@ -64,7 +69,7 @@ class RankingValidator:
             return reason
         prompt = digest(repr(record["prompt"]))
         texts = [digest(response) for response in record["responses"]]
-        key = digest(prompt + b"".join(texts) + repr((record["ranks"], record.get("labeler"))).encode())
+        key = _ranking_key(record, prompt, texts)
         if key in self._lines:
             return f"duplicate of line {self._lines[key]}"
         judgements = _judgements(record, prompt, texts)
@@ -77,6 +82,10 @@ class RankingValidator:
         return None
 
 
+def _ranking_key(record: Record, prompt: bytes, texts: list[bytes]) -> bytes:
+    return digest(prompt + b"".join(texts) + repr((record["ranks"], record.get("labeler"))).encode())
+
+
 def _judgements(record: Record, prompt: bytes, texts: list[bytes]) -> list[tuple[bytes, bytes]]:
     """(judgement, its opposite) of each strict pair of a named labeler."""
     if "labeler" not in record:
@@ -84,6 +93,61 @@ def _judgements(record: Record, prompt: bytes, texts: list[bytes]) -> list[tuple
     labeler = record["labeler"].encode()
     ordered = [(texts[p["better"]], texts[p["worse"]]) for p in pairs_of(record["ranks"], "drop")]
     return [(digest(prompt + a + b + labeler), digest(prompt + b + a + labeler)) for a, b in ordered]
+
+
+class RankingColumns(NamedTuple):
+    """What is stored beside a ranking: 64 bits stand for each text, and decide only which records are looked at again."""
+
+    labeler: str | None
+    prompt: int
+    ranking: int  # with its labeler and ranks
+    judgements: list[int]  # of a named labeler, each strict pair
+    opposites: list[int]  # of each judgement
+    doubtful: bool  # it has a problem of its own, if all problems count
+
+
+RANKING_COLUMNS = {
+    "labeler": pa.string(), "prompt": pa.uint64(), "ranking": pa.uint64(), "judgements": pa.large_list(pa.uint64()),
+    "opposites": pa.large_list(pa.uint64()), "doubtful": pa.bool_(),
+}  # fmt: skip
+
+
+def ranking_columns(record: Record) -> RankingColumns:
+    prompt = digest(repr(record["prompt"]))
+    texts = [digest(response) for response in record["responses"]]
+    judgements = _judgements(record, prompt, texts)
+    return RankingColumns(
+        labeler=record.get("labeler"),
+        prompt=_bits(prompt),
+        ranking=_bits(_ranking_key(record, prompt, texts)),
+        judgements=[_bits(judgement) for judgement, _ in judgements],
+        opposites=[_bits(opposite) for _, opposite in judgements],
+        doubtful=_own_problem(record, "drop") is not None,
+    )
+
+
+def _bits(key: bytes) -> int:
+    return int.from_bytes(key[:8], "big")
+
+
+def stored_invalid_rankings(records: StoredRecords, ties: str) -> tuple[np.ndarray, list[Problem]]:
+    """`find_invalid_rankings` of stored records, of which only those are read whose columns leave a doubt.
+
+    A record without a problem of its own, whose ranking stands once and whose judgements nobody made the other way
+    round, is valid, and makes no other invalid.
+    """
+    rankings = records.numbers("ranking", np.uint64)
+    _, group, count = np.unique(rankings, return_inverse=True, return_counts=True)
+    doubtful = records.numbers("doubtful", np.bool_) | (count[group] > 1)
+    judgements = np.concatenate([np.zeros(0, np.uint64), *records.values("judgements")])
+    opposites = np.concatenate([np.zeros(0, np.uint64), *records.values("opposites")])
+    opposed = np.isin(opposites, judgements)
+    rows = np.repeat(np.arange(len(records)), records.lengths("judgements"))
+    doubtful[rows[opposed]] = True
+    positions = np.flatnonzero(doubtful)
+    valid, problems = find_invalid_rankings(records.select(positions), ties)
+    invalid = np.delete(positions, valid)
+    return np.delete(np.arange(len(records)), invalid), problems
 
 
 def find_invalid_rankings(records: Iterable[Record], ties: str) -> tuple[list[int], list[Problem]]:
@@ -148,14 +212,14 @@ def summary(problems: list[Problem], source: str, listed: int = 5) -> str:
 class RankingSplit:
     """Where each record goes: positions in each source, in reading order."""
 
-    training: list[list[int]] = field(default_factory=list)
-    held_out: list[list[int]] = field(default_factory=list)  # unseen prompts, labelers of the training data
-    held_out_labelers: list[list[int]] = field(default_factory=list)  # unseen prompts, labelers kept out of training
+    training: list[np.ndarray] = field(default_factory=list)
+    held_out: list[np.ndarray] = field(default_factory=list)  # unseen prompts, labelers of the training data
+    held_out_labelers: list[np.ndarray] = field(default_factory=list)  # unseen prompts, labelers kept out of training
 
 
 def labelers_of(sources: Sequence[Source]) -> list[str]:
     """Names of all labelers, sorted."""
-    return sorted({record["labeler"] for source in sources for record in source.records if "labeler" in record})
+    return sorted({name for source in sources for name in source.records.distinct("labeler")})
 
 
 def split_rankings(
@@ -166,21 +230,18 @@ def split_rankings(
     Held-out labelers are evaluated only on prompts that do not occur in the training set.
     """
     split = RankingSplit()
-    training_prompts: set[bytes] = set()
-    others: list[list[tuple[int, bytes]]] = []
+    others: list[tuple[np.ndarray, np.ndarray]] = []
+    training_prompts = []
     for source in sources:
-        parts: tuple[list[int], list[int], list[tuple[int, bytes]]] = ([], [], [])
-        for position, record in enumerate(source.records):
-            prompt = digest(repr(record["prompt"]))
-            if record.get("labeler") in held_out_labelers:
-                parts[2].append((position, prompt))
-            elif is_held_out(record, held_out_fraction):
-                parts[1].append(position)
-            else:
-                training_prompts.add(prompt)
-                parts[0].append(position)
-        split.training.append(parts[0])
-        split.held_out.append(parts[1])
-        others.append(parts[2])
-    split.held_out_labelers = [[p for p, prompt in part if prompt not in training_prompts] for part in others]
+        records = source.records
+        prompts = records.numbers("prompt", np.uint64)
+        kept_out = records.is_in("labeler", held_out_labelers)
+        held_out = records.held_out(held_out_fraction) & ~kept_out
+        training = ~held_out & ~kept_out
+        training_prompts.append(prompts[training])
+        split.training.append(np.flatnonzero(training))
+        split.held_out.append(np.flatnonzero(held_out))
+        others.append((np.flatnonzero(kept_out), prompts[kept_out]))
+    seen = np.unique(np.concatenate(training_prompts))
+    split.held_out_labelers = [positions[~np.isin(prompts, seen)] for positions, prompts in others]
     return split

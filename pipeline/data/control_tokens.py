@@ -116,13 +116,21 @@ class TextTokenizer:
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, none of them a control token."""
-        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+        rows = self._rows(list(texts))
         return [
-            self.encode([(text, True)])[0] if self.control.intersection(ids) else ids
+            ids if self.control.isdisjoint(ids) else self.encode([(text, True)])[0]
             for text, ids in zip(texts, rows, strict=True)
         ]
+
+    def _rows(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts in which no special token is looked for, as `tokenizer(…, split_special_tokens=True)` gives them."""
+        if not self.tokenizer.is_fast:
+            return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # type: ignore[no-any-return]
+        backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]  # a third faster: it makes no offsets, no masks
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # each call of the tokenizer sets it anew
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def continuation(self, context: str, text: str) -> list[int]:
         """Ids of a content as they follow `context`, which keeps its own ids."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from pipeline.data.cache import DataCache
 from pipeline.data.comparisons import Pair, digest, pairs_of
-from pipeline.data.encoding import ChatEncoder
+from pipeline.data.encoding import ChatEncoder, tokenizer_identity
+from pipeline.data.parallel import map_batches
+from pipeline.data.progress import DataProgress
 from pipeline.data.records import Record, at_row
+from pipeline.data.stored_records import StoredRecords
+from pipeline.data.tables import map_table, numbers, write_table
 from pipeline.errors import UserError
 
 import datasets
+import numpy as np
+import pyarrow as pa
 
-logger = logging.getLogger("pipeline.reward")
+logger = logging.getLogger(__name__)
 # What training reads of a row; `length` and `num_pairs` are for batching and counting.
 FEATURES = datasets.Features(
     {
@@ -33,6 +43,10 @@ FEATURES = datasets.Features(
         "num_pairs": datasets.Value("int32"),
     }
 )
+# Stored besides: what evaluation reads, and the record's position among those that were encoded.
+STORED = FEATURES.arrow_schema.remove_metadata()
+for _name, _kind in (("prompt_tokens", pa.int32()), ("prompt_id", pa.string()), ("position", pa.int64())):
+    STORED = STORED.append(pa.field(_name, _kind))
 
 
 class EncodedRanking(TypedDict):
@@ -46,6 +60,7 @@ class EncodedRanking(TypedDict):
     num_pairs: int
     prompt_tokens: int
     prompt_id: str  # the same for all rankings of a prompt
+    position: int  # of its record among those that were encoded
     record: Record
 
 
@@ -60,58 +75,173 @@ class RankingOptions:
     labeler_weights: dict[str, float] = field(default_factory=dict)
 
 
-def for_training(row: EncodedRanking) -> dict[str, Any]:
+def for_training(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key in FEATURES}
+
+
+@dataclass
+class EncodedBatch:
+    """Rows, with the lines of the rankings that are left out, of `total` rankings."""
+
+    rows: list[EncodedRanking] = field(default_factory=list)
+    too_long: list[int] = field(default_factory=list)
+    alike: list[int] = field(default_factory=list)
+    total: int = 0
+
+    def count(self, other: EncodedBatch) -> None:
+        """Add another batch's counts."""
+        self.too_long += other.too_long
+        self.alike += other.alike
+        self.total += other.total
+
+    def say(self, name: str, max_tokens: int) -> None:
+        for lines, why in (
+            (self.too_long, f"hold a text over max_tokens ({max_tokens})"),
+            (self.alike, "hold responses that are the same tokens"),
+        ):
+            if lines:
+                shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
+                logger.warning(
+                    "reward: %d of %d %s rankings %s and are left out (lines %s)",
+                    len(lines),
+                    self.total,
+                    name,
+                    why,
+                    shown,
+                )
+
+
+def encode_batch(encoder: ChatEncoder, options: RankingOptions, records: Iterable[Record]) -> EncodedBatch:
+    """Rows of token ids; a row's `position` counts from the first record.
+
+    Raises:
+        UserError: a prompt that the template refuses, or a confidence that the recipe's use of it does not allow.
+    """
+    batch = EncodedBatch()
+    for position, record in enumerate(records):
+        batch.total += 1
+        with at_row(record):
+            prompt = encoder.prompt_ids(record["prompt"])
+            ids = [prompt + encoder.response_ids(response) for response in record["responses"]]
+        if max(map(len, ids)) > options.max_tokens:
+            batch.too_long.append(record["line"])
+            continue
+        target, weight = preference_target_and_weight(record, options)
+        pairs = [p for p in pairs_of(record["ranks"], options.ties, target) if ids[p["better"]] != ids[p["worse"]]]
+        if not pairs:
+            batch.alike.append(record["line"])
+            continue
+        batch.rows.append(
+            {
+                "ids": ids,
+                "pairs": pairs,
+                "margin": float(record.get("margin", 0.0)),
+                "weight": weight,
+                "length": max(map(len, ids)),
+                "num_pairs": len(pairs),
+                "prompt_tokens": len(prompt),
+                "prompt_id": digest(repr(record["prompt"])).hex(),
+                "position": position,
+                "record": record,
+            }
+        )
+    return batch
 
 
 def encode_rankings(
     encoder: ChatEncoder, records: Iterable[Record], options: RankingOptions, name: str
-) -> Iterator[EncodedRanking]:
+) -> list[EncodedRanking]:
     """Rows of token ids. Rankings that are too long, or whose responses are the same to the tokenizer, are counted and left out.
 
     Args:
         name: of these records, for what is said about them.
 
     Raises:
-        UserError: a prompt that the template refuses, or a confidence that the recipe's use of it does not allow.
+        UserError: as `encode_batch`.
     """
-    too_long: list[int] = []
-    alike: list[int] = []
-    total = 0
-    for record in records:
-        total += 1
-        with at_row(record):
-            prompt = encoder.prompt_ids(record["prompt"])
-            ids = [prompt + encoder.response_ids(response) for response in record["responses"]]
-        if max(map(len, ids)) > options.max_tokens:
-            too_long.append(record["line"])
-            continue
-        target, weight = preference_target_and_weight(record, options)
-        pairs = [p for p in pairs_of(record["ranks"], options.ties, target) if ids[p["better"]] != ids[p["worse"]]]
-        if not pairs:
-            alike.append(record["line"])
-            continue
-        yield {
-            "ids": ids,
-            "pairs": pairs,
-            "margin": float(record.get("margin", 0.0)),
-            "weight": weight,
-            "length": max(map(len, ids)),
-            "num_pairs": len(pairs),
-            "prompt_tokens": len(prompt),
-            "prompt_id": digest(repr(record["prompt"])).hex(),
-            "record": record,
-        }
-    _warn(
-        f"%d of %d {name} rankings hold a text over max_tokens ({options.max_tokens}) and are left out", too_long, total
-    )
-    _warn(f"%d of %d {name} rankings hold responses that are the same tokens and are left out", alike, total)
+    batch = encode_batch(encoder, options, records)
+    batch.say(name, options.max_tokens)
+    return batch.rows
 
 
-def _warn(message: str, lines: list[int], total: int) -> None:
-    if lines:
-        shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
-        logger.warning(f"reward: {message} (lines %s)", len(lines), total, shown)
+class RankingTable(Sequence[EncodedRanking]):
+    """Encoded rankings in the data cache, read when they are asked for.
+
+    Args:
+        records: those that were encoded.
+    """
+
+    def __init__(self, table: pa.Table, records: StoredRecords):
+        self.table, self.records = table, records
+        self._batches = table.to_batches()
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def _columns(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, "right"))
+        first = int(self._ends[number - 1]) if number else 0
+        return self._batches[number].slice(index - first, 1).to_pylist()[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self._columns(index)
+        return {**row, "record": self.records[row["position"]]}
+
+    def training_row(self, index: int) -> dict[str, Any]:
+        """Only what `FEATURES` names."""
+        return for_training(self._columns(index))
+
+    def numbers(self, column: str) -> np.ndarray:
+        return numbers([self.table], column, np.int64)
+
+
+class TrainingRows(Sequence[dict[str, Any]]):
+    """What training reads of encoded rankings."""
+
+    def __init__(self, table: RankingTable):
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.table.training_row(index)
+
+
+def store_rankings(encoder: ChatEncoder, records: StoredRecords, options: RankingOptions, name: str) -> RankingTable:
+    """`encode_rankings` of stored records in the data cache, by all cores."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        counts, progress = EncodedBatch(), DataProgress(f"encoding {name} rankings", total=len(records))
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for batch in map_batches(functools.partial(encode_batch, encoder, options), records.in_batches()):
+                rows = [{**row, "position": row["position"] + counts.total} for row in batch.rows]
+                counts.count(batch)
+                progress.update(batch.total)
+                yield pa.RecordBatch.from_pylist(
+                    [{k: v for k, v in row.items() if k != "record"} for row in rows], STORED
+                )
+
+        rows = write_table(folder, STORED, batches())
+        progress.close()
+        counts.say(name, options.max_tokens)
+        return {"rows": rows}
+
+    identity = {
+        "records": records.keys,
+        "positions": hashlib.sha256(np.ascontiguousarray(records.positions).tobytes()).hexdigest(),
+        "tokenizer": tokenizer_identity(encoder.tokenizer),
+        "options": asdict(options),
+        "name": name,
+    }
+    files = records.files[0].name if len(records.files) == 1 else f"{len(records.files)} files"
+    cache = DataCache(records.files[0].entry.folder.parent)
+    entry = cache.entry(f"{name} rankings of {files}", identity, build)
+    return RankingTable(map_table(entry.folder), records)
 
 
 def preference_target_and_weight(record: Record, options: RankingOptions) -> tuple[float, float]:

@@ -7,6 +7,7 @@ only: such text inside data stays text. A response follows the prompt that servi
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.data.chat_template import (
     TemplateRefusal,
 )
 from pipeline.data.control_tokens import TextTokenizer, special_token_ids, turn_token_ids
+from pipeline.data.hashing import sha256_json
 from pipeline.errors import UserError, shorten
 
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +36,7 @@ __all__ = [
     "Message",
     "TemplateRefusal",
     "document_ids",
+    "tokenizer_identity",
 ]
 IGNORE = -100
 
@@ -227,6 +230,19 @@ PROBES: tuple[tuple[str, ...], ...] = (
     ("  two spaces", "A line\nand another", "\n\nlines", "ok", "x"),
     ("Straße, 日本語, 🙂\té", "…", "<b>&amp;</b>"),
 )
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all of a tokenizer that decides its ids, its chat template included."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        model = json.loads(backend.to_str())
+        model.pop("truncation"), model.pop("padding")  # set anew by each call
+    else:
+        added = {str(i): repr(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        model = {"vocabulary": tokenizer.get_vocab(), "added": added, "options": repr(tokenizer.init_kwargs)}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return sha256_json([type(tokenizer).__name__, model, special, tokenizer.chat_template])
 
 
 def document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -6,13 +6,12 @@ training, prompts in PPO.
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import random
-from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.errors import UserError
+
+import numpy as np
 
 LONGEST_EPOCH = 1000  # times the number of rows; a weight that needs more is taken for a mistake
 
@@ -29,7 +28,7 @@ def all_weighted(weights: Sequence[float | None]) -> bool:
     return any(given)
 
 
-def mixture_indices(sizes: Sequence[int], weights: Sequence[float | None], seed: int) -> list[int]:
+def mixture_indices(sizes: Sequence[int], weights: Sequence[float | None], seed: int) -> np.ndarray:
     """One epoch of several datasets, as positions in their concatenation.
 
     Without weights every row stands once, in order. With weights every row stands at least once, and datasets that are
@@ -41,7 +40,7 @@ def mixture_indices(sizes: Sequence[int], weights: Sequence[float | None], seed:
         weights: of each dataset, relative to each other; all of them or none.
     """
     if not all_weighted(weights):
-        return list(range(sum(sizes)))
+        return np.arange(sum(sizes))
     total = sum(weight for weight, size in zip(weights, sizes, strict=True) if weight is not None and size)
     shares = [
         weight / total if weight is not None and size else 0.0 for weight, size in zip(weights, sizes, strict=True)
@@ -51,19 +50,19 @@ def mixture_indices(sizes: Sequence[int], weights: Sequence[float | None], seed:
         raise UserError(
             f"datasets: with these weights one epoch holds {epoch:,.0f} rows of {sum(sizes):,}; bring them nearer to each other"
         )
-    indices: list[int] = []
+    indices = [np.zeros(0, np.int64)]
     start = 0
     for position, (size, share) in enumerate(zip(sizes, shares, strict=True)):
         if size:
             passes, rest = divmod(max(size, round(epoch * share)), size)
-            drawn = [*range(size)] * passes + random.Random(seed + position).sample(range(size), rest)
-            indices += [start + index for index in drawn]
+            drawn = np.array(random.Random(seed + position).sample(range(size), rest), np.int64)
+            indices += [start + np.tile(np.arange(size), passes), start + drawn]
         start += size
-    return indices
+    return np.concatenate(indices)
 
 
-def rows_of_each(indices: Sequence[int], sizes: Sequence[int]) -> list[int]:
+def rows_of_each(indices: np.ndarray, sizes: Sequence[int]) -> list[int]:
     """How many rows of each dataset one epoch of `mixture_indices` holds."""
-    ends = list(itertools.accumulate(sizes))
-    counts = Counter(bisect.bisect_right(ends, index) for index in indices)
-    return [counts[position] for position in range(len(sizes))]
+    source = np.searchsorted(np.cumsum(sizes), indices, "right")
+    counts: list[int] = np.bincount(source, minlength=len(sizes)).tolist()
+    return counts

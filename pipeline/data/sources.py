@@ -6,24 +6,23 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.cache import DataCache
 from pipeline.data.cards import card_columns, split_files
 from pipeline.data.entries import DatasetEntry
 from pipeline.data.files import FileRow, iter_rows, plain_row, read_text
 from pipeline.data.hashing import sha256_file
 from pipeline.data.mixing import all_weighted
 from pipeline.data.records import PARSERS, Record, RowReader
-from pipeline.data.splits import split_records
+from pipeline.data.stored_records import StoredFile, StoredRecords, store_file
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
-SINGLE_DOCUMENT_HELD_OUT = 0.05
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Source:
     """One dataset, read: its canonical records and its provenance."""
 
     name: str
-    records: Sequence[Record]
+    records: StoredRecords
     sha256: str
     weight: float | None = None
     location: str = ""
@@ -49,20 +48,24 @@ class Source:
         }
 
 
-def read_sources(entries: Sequence[DatasetEntry], kind: str, data_root: str, on_disk: bool = False) -> list[Source]:
-    """Read and check all entries as records of `kind` (a key of `records.PARSERS`).
+def read_sources(entries: Sequence[DatasetEntry], kind: str, data_root: str, cache: str | None = None) -> list[Source]:
+    """Read and check all entries as records of `kind` (a key of `records.PARSERS`), through the data cache.
 
-    With `on_disk` the records wait in a file (see `arrow_storage.store_records`), so that a dataset may be larger than memory.
+    Args:
+        cache: folder of the data cache; default: see `cache.DataCache`.
+
+    Raises:
+        UserError: a file is broken; the records of those before it stay in the cache.
     """
     all_weighted([entry.weight for entry in entries])
-    return [read_source(entry, kind, Path(data_root), on_disk) for entry in entries]
+    return [read_source(entry, kind, Path(data_root), cache) for entry in entries]
 
 
-def read_source(entry: DatasetEntry, kind: str, data_root: Path, on_disk: bool = False) -> Source:
+def read_source(entry: DatasetEntry, kind: str, data_root: Path, cache: str | None = None) -> Source:
     if (entry.path is None) == (entry.hub is None):
         raise UserError("datasets: each entry names exactly one of `path:` and `hub:`")
     if entry.hub is not None:
-        return _read_hub(entry, kind, on_disk)
+        return _read_hub(entry, kind, DataCache(cache))
     assert entry.path is not None
     path = data_root / entry.path
     if not path.exists():
@@ -70,12 +73,14 @@ def read_source(entry: DatasetEntry, kind: str, data_root: Path, on_disk: bool =
     files = files_of(entry, path)
     columns = entry.columns or (card_columns(path) if path.is_dir() else None)
     own_split = entry.split if path.is_file() and entry.split != "train" else None
-    stream = _iter_files(files, kind, columns, entry, own_split)
-    records = _gather(_strip_responses(stream, entry, str(path)), on_disk)
+    hashes: list[str] = []
+    stored = list(_read_files(files, FileReader(kind, columns, entry, own_split, DataCache(cache)), hashes))
+    _check_suffix(stored, entry, str(path))
+    records = StoredRecords(stored)
     return Source(
         name=entry.name or path.name.split(".")[0],
         records=records,
-        sha256=digest_of(files),
+        sha256=_joined_digest(hashes + [sha256_file(file) for file in files[len(hashes) :]]),
         weight=entry.weight,
         location=entry.path,
         single_document=len(records) == 1 and all(file.suffix == ".txt" for file in files),
@@ -90,36 +95,77 @@ def files_of(entry: DatasetEntry, path: Path) -> list[Path]:
 
 def digest_of(files: Sequence[Path]) -> str:
     """What a source's `sha256` is: of its files' own."""
-    return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+    return _joined_digest([sha256_file(file) for file in files])
 
 
-def _gather(records: Iterator[Record], on_disk: bool) -> Sequence[Record]:
-    if not on_disk:
-        return list(records)
-    from pipeline.data.arrow_storage import store_records
-
-    return store_records(records)
+def _joined_digest(hashes: Sequence[str]) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _iter_files(
-    files: Sequence[Path], kind: str, columns: dict[str, str] | None, entry: DatasetEntry, own_split: str | None
-) -> Iterator[Record]:
-    """The records of an entry's files, one at a time, at most `max_rows` in all.
+@dataclass(frozen=True)
+class FileReader:
+    """How the files of an entry are read. own_split: only rows whose own `split` is this one."""
 
-    Args:
-        own_split: only rows whose own `split` is this one.
-    """
-    left, unlimited = entry.max_rows, dataclasses.replace(entry, max_rows=None)
+    kind: str
+    columns: dict[str, str] | None
+    entry: DatasetEntry
+    own_split: str | None
+    cache: DataCache
+
+    def store(self, file: Path, sha256: str, max_rows: int | None) -> StoredFile:
+        """The records of one file, at most `max_rows`, in the cache.
+
+        Raises:
+            UserError: the file is broken, or changed while it was read.
+        """
+        entry = self.entry
+        identity = {
+            "sha256": sha256,
+            "suffix": "".join(file.suffixes[-2:]),
+            "columns": self.columns,
+            "own_split": self.own_split,
+            "max_rows": max_rows,
+            "problems": entry.problems,
+            "response_suffix": entry.response_suffix,
+            "document_separator": entry.document_separator,
+        }
+
+        def read(facts: dict[str, Any]) -> Iterator[Record]:
+            yield from strip_responses(self._records(file, max_rows), entry.response_suffix, facts)
+            if sha256_file(file) != sha256:
+                raise UserError("changed while it was read; start again when nothing writes to it", file=file)
+
+        return store_file(self.cache, str(file), identity, self.kind, read)
+
+    def _records(self, file: Path, max_rows: int | None) -> Iterator[Record]:
+        if self.own_split is None:
+            return iter_file(file, self.kind, self.columns, dataclasses.replace(self.entry, max_rows=max_rows))
+        unlimited = iter_file(file, self.kind, self.columns, dataclasses.replace(self.entry, max_rows=None))
+        return _first(_of_split(unlimited, self.own_split, str(file)), max_rows)
+
+
+def _first(records: Iterator[Record], number: int | None) -> Iterator[Record]:
+    """The first records; the others are read and checked too."""
+    for index, record in enumerate(records):
+        if number is None or index < number:
+            yield record
+
+
+def _read_files(files: Sequence[Path], reader: FileReader, hashes: list[str]) -> Iterator[StoredFile]:
+    """The stored records of an entry's files, at most `max_rows` in all; adds the hash of each file that was read."""
+    left = reader.entry.max_rows
     for file in files:
         if left == 0:
             return
-        if own_split is None:
-            records = iter_file(file, kind, columns, dataclasses.replace(entry, max_rows=left))
-        else:
-            records = iter(list(_of_split(iter_file(file, kind, columns, unlimited), own_split, str(file)))[:left])
-        for record in records:
-            left = None if left is None else left - 1
-            yield record
+        if file.exists() and not file.is_file():
+            raise UserError("is no regular file; name a file, or a folder with a dataset card", file=file)
+        try:
+            hashes.append(sha256_file(file))
+        except OSError as error:
+            raise UserError(f"cannot be read: {error}", file=file) from error
+        stored = reader.store(file, hashes[-1], left)
+        left = None if left is None else left - int(stored.entry.facts["rows"])
+        yield stored
 
 
 def iter_file(
@@ -162,20 +208,31 @@ def _text_documents(file: Path, separator: str | None, max_rows: int | None) -> 
         yield {"text": document, "file": str(file), "line": number}
 
 
-def _read_hub(entry: DatasetEntry, kind: str, on_disk: bool) -> Source:
+def _read_hub(entry: DatasetEntry, kind: str, cache: DataCache) -> Source:
     assert entry.hub is not None
     table = _load_hub(entry)
     if entry.max_rows is not None:
         table = table.select(range(min(entry.max_rows, len(table))))
-    reader = RowReader(entry.hub, PARSERS[kind], problems=entry.problems, name_unread=kind != "prompt")
-    rows = (FileRow(number, plain_row(row)) for number, row in enumerate(table, 1))
-    records = _gather(_strip_responses(reader.read(rows, entry.columns), entry, entry.hub), on_disk)
     digest = hashlib.sha256()
     for row in table:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+
+    def read(facts: dict[str, Any]) -> Iterator[Record]:
+        reader = RowReader(str(entry.hub), PARSERS[kind], problems=entry.problems, name_unread=kind != "prompt")
+        rows = (FileRow(number, plain_row(row)) for number, row in enumerate(table, 1))
+        return strip_responses(reader.read(rows, entry.columns), entry.response_suffix, facts)
+
+    identity = {
+        "sha256": digest.hexdigest(),
+        "columns": entry.columns,
+        "problems": entry.problems,
+        "response_suffix": entry.response_suffix,
+    }
+    stored = store_file(cache, entry.hub, identity, kind, read)
+    _check_suffix([stored], entry, entry.hub)
     return Source(
         name=entry.name or entry.hub.split("/")[-1],
-        records=records,
+        records=StoredRecords([stored]),
         sha256=digest.hexdigest(),
         weight=entry.weight,
         location=entry.hub,
@@ -208,33 +265,44 @@ def _load_hub(entry: DatasetEntry) -> Any:
         raise UserError(f"dataset {entry.hub!r} cannot be had from the Hub: {reason}{remedy}") from error
 
 
-def _strip_responses(records: Iterator[Record], entry: DatasetEntry, where: str) -> Iterator[Record]:
+def strip_responses(records: Iterator[Record], suffix: str | None, facts: dict[str, Any]) -> Iterator[Record]:
     """Take `response_suffix` off the last answers: a published file's own end mark is text to us, and would be learnt.
 
-    An answer that is nothing else is left out, counted and named.
+    An answer that is nothing else is left out; `_check_suffix` says how many, of what is counted in `facts`.
     """
-    suffix = entry.response_suffix
     if not suffix:
         yield from records
         return
-    stripped_count = total = 0
-    empty: list[int] = []
+    facts |= {"answers": 0, "stripped": 0, "empty": []}
     for record in records:
         answers = _answers(record)
-        total += len(answers)
-        stripped_count += sum(text.endswith(suffix) for text in answers)
+        facts["answers"] += len(answers)
+        facts["stripped"] += sum(text.endswith(suffix) for text in answers)
         stripped = [text.removesuffix(suffix).rstrip() if text.endswith(suffix) else text for text in answers]
         if "messages" in record:
             record["messages"][-1]["content"] = stripped[0]
             if not stripped[0].strip():
-                empty.append(record["line"])
+                facts["empty"].append(record["line"])
                 continue
         elif "responses" in record:
             record["responses"] = stripped  # one that is empty now is a defect for `problems:`
         yield record
-    if not stripped_count and total:
-        raise UserError(f"response_suffix: no response ends in {suffix!r}; drop the key", file=where)
-    logger.info("%s: response_suffix %r taken off %d of %d responses", where, suffix, stripped_count, total)
+
+
+def _check_suffix(stored: Sequence[StoredFile], entry: DatasetEntry, where: str) -> None:
+    """Say what `response_suffix` took off the answers of all files of an entry.
+
+    Raises:
+        UserError: no answer ends in it.
+    """
+    if not entry.response_suffix:
+        return
+    facts = [file.entry.facts for file in stored]
+    answers, stripped = (sum(fact[name] for fact in facts) for name in ("answers", "stripped"))
+    empty = [line for fact in facts for line in fact["empty"]]
+    if not stripped and answers:
+        raise UserError(f"response_suffix: no response ends in {entry.response_suffix!r}; drop the key", file=where)
+    logger.info("%s: response_suffix %r taken off %d of %d responses", where, entry.response_suffix, stripped, answers)
     if empty:
         lines = ", ".join(map(str, empty[:5])) + (", …" if len(empty) > 5 else "")
         logger.warning(
@@ -262,17 +330,5 @@ def fingerprint(sources: Sequence[Source]) -> list[dict[str, Any]]:
     return [{"sha256": s.sha256, "rows": len(s.records), "weight": s.weight} for s in sources]
 
 
-def replace_records(source: Source, records: Sequence[Record]) -> Source:
+def replace_records(source: Source, records: StoredRecords) -> Source:
     return dataclasses.replace(source, records=records)
-
-
-def split_texts(source: Source, fraction: float) -> tuple[list[str], list[str]]:
-    """(train, held-out) texts: by hash of the document; of a single document, its last part, cut at a line's end."""
-    if not source.single_document:
-        train, held_out = split_records(source.records, fraction)
-        if not train:
-            raise UserError(f"{source.name}: no document is left to train on; lower held_out_fraction")
-        return [r["text"] for r in train], [r["text"] for r in held_out]
-    text = source.records[0]["text"]
-    cut = text.find("\n", math.floor(len(text) * (1 - SINGLE_DOCUMENT_HELD_OUT))) + 1
-    return ([text[:cut]], [text[cut:]]) if 0 < cut < len(text) else ([text], [])

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.data.records import Record
 
 TRAINING_NAMES = ("train", "training")
+TRAINING, HELD_OUT, BY_HASH = 0, 1, -1  # sides of a row, as stored beside it
 HELD_OUT_NAMES = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "held_out")
 
 
@@ -44,11 +45,21 @@ def split_key(record: Record) -> str:
     return json.dumps([[m["role"], m["content"]] for m in opening], ensure_ascii=False)
 
 
+def side_of(record: Record) -> int:
+    """The side that the row's own `split` puts it on, or BY_HASH."""
+    if "split" not in record:
+        return BY_HASH
+    return HELD_OUT if split_side(record["split"]) == "held out" else TRAINING
+
+
+def prompt_hash(record: Record) -> int:
+    """64 bits that decide on which side a row without a `split` is: held out below `fraction` × 2^64."""
+    return int.from_bytes(hashlib.sha256(split_key(record).encode()).digest()[:8], "big")
+
+
 def is_held_out(record: Record, fraction: float) -> bool:
-    if "split" in record:
-        return split_side(record["split"]) == "held out"
-    digest = hashlib.sha256(split_key(record).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    side = side_of(record)
+    return side == HELD_OUT or (side == BY_HASH and prompt_hash(record) < fraction * 2**64)
 
 
 def shuffle_by_hash(records: Iterable[Record]) -> list[Record]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.collators import BlockCollator
+from pipeline.data.documents import split_texts
 from pipeline.data.encoding import document_ids
 from pipeline.data.packing import Block, pack_documents
-from pipeline.data.sources import read_sources, split_texts
+from pipeline.data.sources import read_sources
 from pipeline.errors import UserError
 from pipeline.evaluation.answers import load_finite_model
 from pipeline.evaluation.language import perplexity

@@ -114,13 +114,15 @@ class AdapterNetworks(Networks):
     @contextlib.contextmanager
     def active(self, adapter: str | None) -> Any:
         """One adapter on (None: none); the policy's afterwards."""
-        if adapter is None:
-            with self.peft.disable_adapter():
+        try:
+            if adapter is None:
+                with self.peft.disable_adapter():
+                    yield
+            else:
+                self._activate(adapter)
                 yield
-        else:
-            self._activate(adapter)
-            yield
-        self._activate(POLICY)
+        finally:
+            self._activate(POLICY)
 
     def _values(self, batch: ResponseBatch) -> Tensor:
         hidden = self.policy.hidden(batch.sequences)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from pipeline.data.chat_template import ROLE_TEMPLATE, ROLE_TOKENS
 
@@ -16,8 +16,12 @@ LONG_RUN = re.compile(r"\S{1000}")
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE of `vocab_size`: EOS (also the start of a document, as in GPT-2), pad and one token per role."""
+    return with_roles(train_bpe(texts, vocab_size))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -29,6 +33,11 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     backend.train_from_iterator((LONG_RUN.sub(r"\g<0>\n", text) for text in texts), trainer)
+    return backend
+
+
+def with_roles(backend: Tokenizer) -> PreTrainedTokenizerBase:
+    """The tokenizer of a BPE from `train_bpe`, with its special tokens and the template of roles."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=EOS,

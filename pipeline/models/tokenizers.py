@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 from collections.abc import Iterable, Sequence
@@ -26,13 +25,35 @@ from pipeline.models.loading import fit_embeddings, set_pad
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+# A folder with none of these holds no tokenizer.
+TOKENIZER_FILES = frozenset(
+    (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+        "config.json",
+    )
+)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer.
+
+    Raises:
+        UserError: there is none, or its files are damaged.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not TOKENIZER_FILES.intersection(file.name for file in folder.iterdir()):
+        raise UserError(f"no tokenizer can be loaded from {path!r}: the folder holds none; name a model's folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded from {path!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # damaged files: of any type, and the tokenizers library raises Exception itself
+        reason = str(error).splitlines()[:1] if isinstance(error, OSError | ValueError) else []
+        what = reason[0] if reason else f"its files are damaged ({type(error).__name__}: {shorten(str(error))})"
+        raise UserError(f"no tokenizer can be loaded from {path!r}: {what}") from error
     return tokenizer
 
 
@@ -40,18 +61,21 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def stop_token_ids(encoder: ChatEncoder, generation_config: Any = None, stop_tokens: Iterable[str] = ()) -> list[int]:
-    """Ids that end a response: EOS, the template's end of turn, the parent's own list, and the recipe's.
+    """Ids that end a response: EOS, the template's end of turn, the parent's own list without pad, and the recipe's.
+
+    Several published models (Qwen) list pad as an end. It is none here: the masks and scores of plain transformers take a
+    pad behind an answer for padding.
 
     Args:
         generation_config: the model's; its `eos_token_id` is an id, a list or None.
         stop_tokens: the recipe's `stop_tokens`.
 
     Raises:
-        UserError: a stop token of the recipe is not one token of this tokenizer.
+        UserError: a stop token of the recipe is not one token of this tokenizer, or is pad.
     """
     listed = getattr(generation_config, "eos_token_id", None)
     listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    known = set(encoder.tokenizer.get_vocab().values())
+    known = set(encoder.tokenizer.get_vocab().values()) - {encoder.tokenizer.pad_token_id}
     named = [_token_id(encoder.tokenizer, token) for token in stop_tokens]
     return list(dict.fromkeys([encoder.eos_id, encoder.end_id, *(i for i in listed if i in known), *named]))
 
@@ -60,6 +84,8 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     ids: list[int] = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise UserError(f"stop_tokens: {token!r} is {len(ids)} tokens of this tokenizer; a stop token is one")
+    if ids[0] == tokenizer.pad_token_id:
+        raise UserError(f"stop_tokens: {token!r} is this tokenizer's pad, which is never sampled; name another token")
     return int(ids[0])
 
 
@@ -86,6 +112,8 @@ def set_stop_tokens(model: PreTrainedModel, stop_ids: Sequence[int]) -> None:
     config: Any = getattr(model, "generation_config", None)
     if config is not None:
         config.eos_token_id = stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)
+        suppressed = [i for i in config.suppress_tokens or [] if i not in stop_ids]  # an earlier PPO stage's
+        config.suppress_tokens = suppressed or None
 
 
 # ---------------------------------------------------------------------------------------------- pad and template
@@ -234,9 +262,13 @@ def _date_of(folder: str | os.PathLike[str] | None) -> datetime.date:
     if not path.is_file():  # the first process writes it, whole, and all read it
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text(today.isoformat() + "\n", encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(temporary, path)
-        temporary.unlink()
+        except FileExistsError:
+            pass
+        except OSError:  # a filesystem without hard links
+            os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)
     try:
         return datetime.date.fromisoformat(path.read_text(encoding="utf-8").strip())
     except ValueError as error:

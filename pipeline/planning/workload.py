@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config.stages import SUPPORT
 from pipeline.data.encoding import ChatEncoder, document_ids
+from pipeline.data.packing import Joined
 from pipeline.data.sources import read_sources
 from pipeline.data.splits import shuffle_by_hash
 from pipeline.errors import UserError
@@ -78,12 +79,12 @@ def count_data(name: str, recipe: Any, model: Model) -> Data:
     """
     limit = float(getattr(recipe, LIMITS.get(name, "max_tokens")))
     try:
-        sources = read_sources(recipe.datasets, SUPPORT[name].rows, recipe.data_root)
+        sources = read_sources(recipe.datasets, SUPPORT[name].rows, recipe.data_root, recipe.data_cache)
     except UserError as error:
         if name != "ppo" and recipe.max_steps is None:
             raise UserError(f"{name}: {error}; or say `max_steps:` to plan without data") from error
         return Data(None, limit, counted=False)
-    records = [record for source in sources for record in source.records]
+    records = Joined([source.records for source in sources])
     if name == "pretrain":
         return _documents(recipe, model, records)
     rows = round(len(records) * (1 - recipe.held_out_fraction))
@@ -103,7 +104,7 @@ def count_data(name: str, recipe: Any, model: Model) -> Data:
 def _documents(recipe: Any, model: Model, records: Sequence[Any]) -> Data:
     """Blocks of the text, by the tokens per character of a sample."""
     if model.tokenizer is None:
-        model.tokenizer = train_tokenizer([r["text"] for r in records], recipe.train_tokenizer.vocab_size)
+        model.tokenizer = train_tokenizer((r["text"] for r in records), recipe.train_tokenizer.vocab_size)
     sample = [r["text"][:DOCUMENT_CHARACTERS] for r in _sample(records)]
     per_character = sum(map(len, document_ids(model.tokenizer, sample))) / max(sum(map(len, sample)), 1)
     tokens = per_character * sum(len(r["text"]) for r in records) * (1 - recipe.held_out_fraction)

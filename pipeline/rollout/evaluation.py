@@ -13,6 +13,7 @@ from pipeline.rollout.prompts import Prompt
 from pipeline.rollout.rewards import call_function
 from pipeline.rollout.rollout import Sample
 from pipeline.training.ppo_state import PPOState
+from pipeline.training.random_states import seeded
 
 import torch
 
@@ -30,7 +31,10 @@ class Evaluation:
 
 @dataclass
 class HeldOutEvaluation:
-    """Evaluates the policy on held-out prompts with the same random numbers each time.
+    """Evaluates the policy on held-out prompts with the same random numbers each time, and training's are left as they were.
+
+    A reward function or judge that draws random numbers sees the same ones too, whenever it is asked: a resumed run asks
+    about the reference again and must get the same scores.
 
     judges: names of Python judges (module:function) by their labels; rank 0 alone calls them, so that a judge that draws
         random numbers cannot make the processes differ.
@@ -42,9 +46,9 @@ class HeldOutEvaluation:
 
     def evaluate(self, prompts: Sequence[Prompt]) -> Evaluation:
         args = self.collector.args
-        policy = self.collector.collect(prompts, SEED + args.seed, values=False)
+        policy = self._collect(prompts, "policy")
         if len(prompts) not in self._reference:
-            self._reference[len(prompts)] = self.collector.collect(prompts, SEED + args.seed, "reference", values=False)
+            self._reference[len(prompts)] = self._collect(prompts, "reference")
         reference = self._reference[len(prompts)]
         texts = {
             s: self.collector.encoder.texts([x.ids for x in part])
@@ -52,7 +56,8 @@ class HeldOutEvaluation:
         }
         scores, reference_scores = ruled_scores(policy, args), ruled_scores(reference, args)
         metrics = _metrics(policy, reference, args)
-        metrics |= self.collector.processes.from_main(lambda: self._verdicts(prompts, texts["policy"]))
+        with seeded(SEED + args.seed):
+            metrics |= self.collector.processes.from_main(lambda: self._verdicts(prompts, texts["policy"]))
         samples = [
             {
                 "prompt": prompts[i].messages[-1]["content"],
@@ -67,6 +72,11 @@ class HeldOutEvaluation:
             for i in range(min(SAMPLES, len(prompts)))
         ]
         return Evaluation(metrics, samples)
+
+    def _collect(self, prompts: Sequence[Prompt], network: str) -> list[Sample]:
+        seed = SEED + self.collector.args.seed
+        with seeded(seed):
+            return self.collector.collect(prompts, seed, network, values=False)
 
     def _verdicts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
         """Mean and standard error of each judge's scores."""

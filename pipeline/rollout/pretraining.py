@@ -14,6 +14,7 @@ from pipeline.models.networks import Networks
 from pipeline.models.precision import DevicePlan
 from pipeline.training.processes import Processes
 
+import numpy as np
 import torch
 
 
@@ -21,12 +22,13 @@ import torch
 class PretrainingText:
     """Packed blocks of documents, and what their loss needs.
 
-    blocks: rows of documents; epoch: one pass over the mixture, as positions among the blocks.
+    blocks: rows of documents, lengths: their tokens; epoch: one pass over the mixture, as positions among the blocks.
     isolated: whether the model keeps documents of one block apart; where not, each block holds one document.
     """
 
     blocks: Sequence[Block]
-    epoch: Sequence[int]
+    lengths: np.ndarray
+    epoch: np.ndarray
     isolated: bool
     args: Any
     networks: Networks
@@ -48,11 +50,10 @@ class PretrainingText:
         args = self.args
         number = max(1, round(args.ptx_ratio * prompts))
         drawn = epoch_permutation_indices(len(self.epoch), step * number, number, args.seed + 1)
-        chosen = [self.epoch[i] for i in drawn]
-        tokens = sum(label != IGNORE for i in chosen for label in self.blocks[i]["labels"][1:])
+        chosen: list[int] = self.epoch[drawn].tolist()
+        tokens = sum(int((self.blocks[i]["labels"][1:] != IGNORE).sum()) for i in chosen)
         total = torch.zeros(1, dtype=torch.float64)
-        lengths = [len(block["input_ids"]) for block in self.blocks]
-        for rows in microbatches(lengths, self.processes.share(chosen), args.micro_batch_tokens):
+        for rows in microbatches(self.lengths, self.processes.share(chosen), args.micro_batch_tokens):
             batch = {name: x.to(self.device) for name, x in self.collate([self.blocks[i] for i in rows]).items()}
             positions = batch["position_ids"] if self.isolated else None
             with self.plan.autocast():

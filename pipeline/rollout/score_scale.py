@@ -20,17 +20,19 @@ from pipeline.models.reward_model import scale_head, score_ids, set_offset
 from pipeline.models.tokenizers import forbidden_token_ids, stop_token_ids
 from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
 
+import numpy as np
+
 logger = logging.getLogger("pipeline.reward")
 
 
-def distinct_prompts(sources: Sequence[Source], positions: Sequence[Sequence[int]], number: int) -> list[list[Message]]:
+def distinct_prompts(sources: Sequence[Source], positions: Sequence[np.ndarray], number: int) -> list[list[Message]]:
     """The first `number` different prompts at some positions in each source."""
     prompts: dict[bytes, list[Message]] = {}
     if number == 0:
         return []
     for source, part in zip(sources, positions, strict=True):
         for position in part:
-            prompt = source.records[position]["prompt"]
+            prompt = source.records[int(position)]["prompt"]
             prompts.setdefault(digest(repr(prompt)), prompt)
             if len(prompts) == number:
                 return list(prompts.values())

@@ -12,9 +12,10 @@ from pipeline.config.functions import import_function, source_sha256
 from pipeline.config.ppo import PPOArguments
 from pipeline.config.stages import REWARD_PARENTS, SUPPORT
 from pipeline.data.collators import BlockCollator
-from pipeline.data.encoding import ChatEncoder, document_ids
+from pipeline.data.encoded import encode_documents
+from pipeline.data.encoding import ChatEncoder
 from pipeline.data.mixing import mixture_indices
-from pipeline.data.packing import pack_documents
+from pipeline.data.packing import Joined, pack_documents
 from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
@@ -40,6 +41,7 @@ from pipeline.training.lineage import Parent, read_lineage, verify_parent
 from pipeline.training.ppo_state import PPOState
 from pipeline.training.run import Run
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
@@ -73,9 +75,9 @@ def open_inputs(run: Run[PPOArguments]) -> PPOInputs:
     _check_processes(accelerator, args)
     parent = verify_parent(args.parent, SUPPORT["ppo"].parents)
     rewards = [verify_parent(source.model, REWARD_PARENTS) for source in args.reward if source.model is not None]
-    sources = read_sources(args.datasets, "prompt", args.data_root)
-    eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root)
-    ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root)
+    sources = read_sources(args.datasets, "prompt", args.data_root, args.data_cache)
+    eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root, args.data_cache)
+    ptx_sources = read_sources(args.ptx_datasets, "document", args.data_root, args.data_cache)
     tokenizer = load_tokenizer(parent.path)
     parent.check_tokenizer(tokenizer)
     has_template = tokenizer.chat_template or args.chat_template is not None  # else refused below
@@ -169,12 +171,12 @@ def prepare_pretraining(inputs: PPOInputs, collector: Collector) -> PretrainingT
     isolated = isolates_packed_documents(collector.networks.policy.model)
     parts = []
     for source in inputs.ptx_sources:
-        documents = document_ids(tokenizer, [record["text"] for record in source.records])
-        groups = [documents] if isolated else [[document] for document in documents]
-        parts.append([block for group in groups for block in pack_documents(group, args.ptx_block_tokens)])
+        documents = encode_documents(source.records, tokenizer)
+        parts.append(pack_documents(documents, args.ptx_block_tokens, isolated=isolated))
     epoch = mixture_indices([len(part) for part in parts], [s.weight for s in inputs.ptx_sources], args.seed)
     return PretrainingText(
-        blocks=[block for part in parts for block in part],
+        blocks=Joined(parts),
+        lengths=np.concatenate([part.lengths() for part in parts]),
         epoch=epoch,
         isolated=isolated,
         args=args,
@@ -237,22 +239,25 @@ def _save_models(average: list[torch.Tensor] | None, collector: Collector, folde
     """Policy to `folder`, value model to `value/`, the policy's moving average to `ema/`; each loads in plain transformers."""
     networks, args = collector.networks, collector.args
     model, tokenizer = networks.policy.model, collector.encoder.tokenizer
-    model.generation_config.update(
+    # A new one, because the parent's may hold other rules of sampling (top_k, top_p, penalties) that PPO samples without.
+    model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=args.temperature,
+        top_k=0,  # generate() takes the 50 likeliest where nothing is said
+        top_p=1.0,
         max_new_tokens=args.max_response_tokens,
+        bos_token_id=model.generation_config.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=networks.policy.forbidden.tolist() or None,
     )
     set_stop_tokens(model, collector.stop_ids)
     networks.save_policy(folder)
     networks.save_value(folder / "value")
     folders = [folder]
     if average is not None:
-        trained = networks.trained["policy"]
-        current = [parameter.detach().clone() for parameter in trained]
-        _copy(trained, average)
+        _swap(networks.trained["policy"], average)
         networks.save_policy(folder / "ema")
-        _copy(trained, current)
+        _swap(networks.trained["policy"], average)
         folders.append(folder / "ema")
     for target in folders:
         tokenizer.save_pretrained(target)
@@ -260,7 +265,7 @@ def _save_models(average: list[torch.Tensor] | None, collector: Collector, folde
     tokenizer.save_pretrained(folder / "value")
 
 
-@torch.no_grad()
-def _copy(parameters: Sequence[torch.nn.Parameter], tensors: Sequence[torch.Tensor]) -> None:
-    for parameter, tensor in zip(parameters, tensors, strict=True):
-        parameter.copy_(tensor)
+def _swap(parameters: Sequence[torch.nn.Parameter], tensors: list[torch.Tensor]) -> None:
+    """Exchange values, without a copy of either."""
+    for position, parameter in enumerate(parameters):
+        parameter.data, tensors[position] = tensors[position], parameter.data

@@ -22,7 +22,7 @@ from pipeline.training.json_files import NotAnObject, read_json_object
 # The content of what lies at `parent` and `tokenizer` is among a run's inputs.
 NOT_IDENTITY = (
     "output_dir", "data_root", "report_to", "run_name", "quiet", "threads", "keep_checkpoints", "save_steps", "parent",
-    "tokenizer",
+    "tokenizer", "data_cache",
 )  # fmt: skip
 PATHS = ("path", "model")  # of entries of lists, such as `datasets` and `reward`
 CONFIG_NOT_IDENTITY = ("_name_or_path", "transformers_version", "base_model_name_or_path")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import random
 import shutil
 import struct
 from collections.abc import Mapping
@@ -19,8 +18,8 @@ from pipeline.training.checkpoints import BEST, writing
 from pipeline.training.json_files import write_json
 from pipeline.training.output_folder import StageOutput
 from pipeline.training.processes import Processes
+from pipeline.training.random_states import random_states, set_random_states
 
-import numpy as np
 import torch
 
 TENSORS, STATE = "tensors.pt", "state.json"
@@ -47,8 +46,16 @@ class PPOState:
 
     @classmethod
     def read(cls, checkpoint: Path) -> PPOState:
+        """The state in a checkpoint.
+
+        Raises:
+            UserError: another version of this package wrote other fields.
+        """
         values = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        return cls(**{**values, "moments": RunningMoments(**values["moments"])})
+        try:
+            return cls(**{**values, "moments": RunningMoments(**values["moments"])})
+        except (KeyError, TypeError) as error:
+            raise _of_another_version(checkpoint / STATE) from error
 
 
 def save_checkpoint(output: StageOutput, state: PPOState, tensors: Mapping[str, Any], processes: Processes) -> None:
@@ -59,7 +66,7 @@ def save_checkpoint(output: StageOutput, state: PPOState, tensors: Mapping[str, 
     Args:
         tensors: state dictionaries by name; each process's random state is added.
     """
-    states = processes.gather(lambda: [_random_states()])
+    states = processes.gather(lambda: [random_states()])
     if processes.is_main:
         with writing(output.folder / f"checkpoint-{state.rollout}") as folder:
             torch.save({**tensors, "random": states}, folder / TENSORS)
@@ -79,29 +86,20 @@ def load_checkpoint(checkpoint: Path, processes: Processes) -> dict[str, Any]:
     if processes.is_main and (checkpoint / BEST).is_file():
         shutil.copyfile(checkpoint / BEST, checkpoint.parent / BEST)
     saved: dict[str, Any] = torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
-    states = saved.pop("random")
+    states = saved.pop("random", None)
+    if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
+        raise _of_another_version(checkpoint / TENSORS)
     if len(states) == processes.count:
-        _set_random_states(states[processes.rank])
+        set_random_states(states[processes.rank])
     return saved
 
 
-def _random_states() -> dict[str, Any]:
-    """The states that a reward function or judge may draw from, in types that torch loads without unpickling code."""
-    name, keys, *rest = np.random.get_state()
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (name, np.asarray(keys).tolist(), *rest),
-    }
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _set_random_states(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+def _of_another_version(file: Path) -> UserError:
+    return UserError(
+        "another version of this package wrote this checkpoint, and it cannot be resumed exactly; "
+        "finish the run with that version, or start it again with another output_dir",
+        file=file,
+    )
 
 
 def save_best(folder: Path, tensors: Mapping[str, Any]) -> None:

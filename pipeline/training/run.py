@@ -79,6 +79,15 @@ class Run(Generic[Arguments]):
             logger.info("%s: resuming from %s", self.name, checkpoint.name)
         return steps
 
+    def round_saved_weights(self) -> None:
+        """On rank 0: with `save_dtype: bf16`, round what was saved: the model, PPO's value model and moving average."""
+        from pipeline.models.weight_files import round_weights_to_bf16
+
+        if self.is_main and self.args.save_dtype == "bf16":
+            for folder in (self.output.folder, self.output.folder / "value", self.output.folder / "ema"):
+                if (folder / "config.json").is_file():
+                    round_weights_to_bf16(folder)
+
     def finish(
         self,
         *,
@@ -94,6 +103,7 @@ class Run(Generic[Arguments]):
         from pipeline.training.identity import tokenizer_hashes
         from pipeline.training.model_card import write_model_card
 
+        self.round_saved_weights()
         seconds = self.output.seconds
         if self.is_main:
             tokenizer_hash, template_hash = tokenizer_hashes(tokenizer)

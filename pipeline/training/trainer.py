@@ -1,7 +1,8 @@
 """What the Trainer stages share: Trainer's settings from a recipe, sealed checkpoints, history, exact resume.
 
-All ties to the insides of transformers' Trainer (5.23) and TRL's trainers (1.16) are in this file, and in `RankingTrainer` of
-`pipeline/reward.py`; tests/training/test_trainer.py fails where a new version breaks one of them.
+All ties to the insides of transformers' Trainer (5.23) and TRL's trainers (1.16) are in this file, in `RankingTrainer` of
+`pipeline/reward.py` and in `DemonstrationTrainer` of `pipeline/sft.py`; tests/training/test_trainer.py fails where a new
+version breaks one of them.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def training_arguments(cls: type[Any], run: Run[Any], best_metric: str | None = 
         weight_decay=args.weight_decay,
         adam_beta2=args.adam_beta2,
         max_grad_norm=args.max_grad_norm,
-        optim="adamw_8bit" if args.optimizer == "adamw_8bit" else "adamw_torch",
+        optim="adamw_8bit" if args.optimizer == "adamw_8bit" else "adamw_torch_fused",
         bf16=device_plan(accelerator_type(), args.precision).bf16,
         use_cpu=accelerator_type() == "cpu",
         logging_steps=args.logging_steps,
@@ -374,6 +375,8 @@ def save_whole(trainer: Any, tokenizer: Any) -> None:
 def save_trained(trainer: Any, tokenizer: Any, load_base: Callable[[], Any]) -> None:
     """The trained model to the output folder: all weights, or adapter and merged weights where adapters were trained.
 
+    Adapters' frozen base is gone afterwards.
+
     Args:
         load_base: loads the base in fp32, for merging; called on rank 0 alone.
     """
@@ -381,4 +384,7 @@ def save_trained(trainer: Any, tokenizer: Any, load_base: Callable[[], Any]) -> 
     if not isinstance(model, PeftModel):
         save_whole(trainer, tokenizer)
     elif trainer.is_world_process_zero():
+        for parameter in model.parameters():
+            if not parameter.requires_grad:  # so that the base, which is loaded again, is in memory once
+                parameter.data = parameter.data.new_empty(0)
         save_merged(model, load_base(), tokenizer, Path(trainer.args.output_dir))

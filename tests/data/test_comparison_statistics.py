@@ -12,12 +12,11 @@ from typing import Any
 
 from helpers.launches import rlhf_here
 from pipeline.commands.check_data import check_data, is_data
-from pipeline.data.arrow_storage import StoredRecords
 from pipeline.data.comparison_statistics import ComparisonStatistics, Reservoir
 from pipeline.data.comparisons import find_invalid_rankings, summary
 from pipeline.data.near_duplicates import near_pairs, normalized
 from pipeline.data.records import parse_ranking
-from pipeline.data.sources import read_source
+from pipeline.data.sources import digest_of, iter_file, read_source
 from pipeline.errors import UserError
 
 import pytest
@@ -177,17 +176,16 @@ def test_records_may_wait_on_disk(tmp_path: Path) -> None:
 
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(ranking(f"p{n}", "ab", [1, 2])) + "\n" for n in range(100)))
-    memory = read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path)
-    disk = read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path, on_disk=True)
-    assert isinstance(disk.records, StoredRecords)
-    assert list(disk.records) == memory.records
-    assert disk.sha256 == memory.sha256
+    memory = list(iter_file(path, "ranking"))
+    disk = read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path)
+    assert list(disk.records) == memory
+    assert disk.sha256 == digest_of([path])
     part = disk.records.select([3, 5])
     assert [r["line"] for r in part] == [4, 6]
-    assert disk.records[10:12][1] == memory.records[11]
+    assert disk.records[10:12][1] == memory[11]
     path.write_text(json.dumps(ranking("p", "ab", [1, 2])) + "\n{}\n")
     with pytest.raises(UserError, match=r"r\.jsonl:2: "):
-        read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path, on_disk=True)
+        read_source(DatasetEntry(path="r.jsonl"), "ranking", tmp_path)
 
 
 def test_control_tokens_and_odd_text_stay_text(tmp_path: Path, tokenizer: Any) -> None:

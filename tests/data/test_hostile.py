@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from pipeline.data.cards import card_columns, split_files
 from pipeline.data.entries import DatasetEntry
@@ -79,10 +78,10 @@ def test_a_hostile_row_is_read_or_refused_in_one_line(tmp_path: Path, name: str)
     (tmp_path / "rows.jsonl").write_text(GOOD + text + "\n", encoding="utf-8", errors="surrogatepass")
     entry = DatasetEntry(path="rows.jsonl", problems="error")
     if message is None:
-        assert len(read_source(entry, "ranking", tmp_path, on_disk=True).records) == 2
+        assert len(read_source(entry, "ranking", tmp_path).records) == 2
         return
     with pytest.raises(UserError) as caught:
-        read_source(entry, "ranking", tmp_path, on_disk=True)
+        read_source(entry, "ranking", tmp_path)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{tmp_path / 'rows.jsonl'}:2: ")
     assert message in line
@@ -232,28 +231,3 @@ def test_files_of_the_hubs_cache_are_links_to_its_blobs(tmp_path: Path) -> None:
     (tmp_path / "datasets--x" / "blobs" / "123").write_text(GOOD)
     (folder / "linked.jsonl").symlink_to("../../blobs/123")
     assert [file.name for file in split_files(folder, "train")] == ["linked.jsonl"]
-
-
-def test_stored_records_leave_nothing_behind(tmp_path: Path) -> None:
-    """Killed at any moment, a process leaves no file of its records in the temporary folder."""
-    import signal
-    import subprocess
-    import sys
-
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    code = (
-        "import os, signal\n"
-        "from pipeline.data.arrow_storage import store_records\n"
-        "def rows():\n"
-        "    yield {'line': 1}\n"
-        "    if os.environ['WHEN'] == 'writing': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "records = store_records(rows())\n"
-        "assert records[0] == {'line': 1}\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    for when in ("writing", "reading"):
-        environment: dict[str, Any] = {**os.environ, "TMPDIR": str(temporary), "WHEN": when}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert list(temporary.iterdir()) == []

@@ -273,7 +273,7 @@ def test_parquet_with_times_nested_columns_and_nulls(tmp_path: Path) -> None:
         {"messages": [USER, ANSWER], "created_at": None, "n": None, "labeler": None, "raw": None, "day": None, "lasted": None},
     ]  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    first, second = read_source(DatasetEntry(path="a.parquet"), "demonstration", tmp_path, on_disk=True).records
+    first, second = read_source(DatasetEntry(path="a.parquet"), "demonstration", tmp_path).records
     assert contents(first) == ["Hi", "Hello."] == contents(second)
     assert first["row"]["created_at"] == "2026-05-01T12:00:00"
     assert (first["row"]["raw"], first["row"]["lasted"], first["labeler"]) == ("<1 bytes>", 2.0, "3")

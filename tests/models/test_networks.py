@@ -12,6 +12,7 @@ from helpers.ppo_training import one_rollout, train_all, with_training
 from helpers.worlds import make_policy, train
 from pipeline import ppo, reward
 from pipeline.config.stages import STAGES
+from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.reward_model import load_scalar_model, score_ids
 from pipeline.training.stage import Run, launch
@@ -124,6 +125,19 @@ def test_adapters_train_nothing_but_themselves(policy: Path, tmp_path: Path) -> 
     assert all(p.requires_grad == (id(p) in trainable) for p in networks.peft.parameters())
     adapter = tmp_path / "run" / "out" / "adapter" / "adapter_config.json"
     assert json.loads(adapter.read_text())["r"] == 4
+
+
+def test_an_error_inside_leaves_the_policys_adapter_on(policy: Path, tmp_path: Path) -> None:
+    def use(training: ppo.Training, run: Any) -> None:
+        networks = training.collector.networks
+        assert isinstance(networks, AdapterNetworks)
+        for adapter in ("value", None):
+            with pytest.raises(ZeroDivisionError), networks.active(adapter):
+                raise ZeroDivisionError
+            assert networks.peft.active_adapter == "default"
+            assert all(parameter.requires_grad for parameter in networks.trained["policy"])
+
+    with_training(tmp_path / "run", policy, COUNT_B, use, **SHORT, roles="adapters", **LORA)
 
 
 def test_the_reference_of_adapters_is_the_base(policy: Path, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import datetime
+import errno
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,18 @@ def test_a_prompt_is_the_same_tomorrow(tokenizer: Any, tmp_path: Path, monkeypat
     resumed = with_family(tokenizer, "llama 3.2 with a date")
     assign_template(resumed, folder=tmp_path)
     assert "26 Jul 2024" in resumed.decode(ChatEncoder(resumed).prompt_ids([user("Hi")])), "a resumed run keeps its day"
+
+
+def test_the_date_is_kept_on_a_filesystem_without_hard_links(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assign_template(with_family(tokenizer, "llama 3.2 with a date"), folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["template_date.txt"]
+    assert (tmp_path / "template_date.txt").read_text().strip() == datetime.date.today().isoformat()
 
 
 def test_a_frozen_date_reaches_a_template_that_names_its_format_elsewhere(tokenizer: Any) -> None:

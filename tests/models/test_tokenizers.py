@@ -6,6 +6,7 @@ import ast
 import copy
 import random
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from helpers.launches import ROOT
 from pipeline.data.encoding import ChatEncoder
 from pipeline.errors import UserError
 from pipeline.models.tokenizer_training import train_tokenizer
-from pipeline.models.tokenizers import forbidden_token_ids, require_pad, set_stop_tokens, stop_token_ids
+from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, require_pad, set_stop_tokens, stop_token_ids
 
 import pytest
 from tokenizers import AddedToken
@@ -113,12 +114,44 @@ def test_a_response_that_ended_anywhere_is_read_where_answers_are_trained_to_end
     assert encoder.response_ids("fine") == encoder.finished_ids([*text, encoder.eos_id], stops)
 
 
+def test_pad_in_the_parents_list_of_ends_is_no_end(tokenizer: Any) -> None:
+    """Qwen lists it so; pad is never sampled, and behind an answer it is padding."""
+    encoder, pad = ChatEncoder(tokenizer), tokenizer.pad_token_id
+    stops = stop_token_ids(encoder, SimpleNamespace(eos_token_id=[0, pad, 7]))
+    assert stops == [0, 7]
+    assert pad in forbidden_token_ids(tokenizer, len(tokenizer), stops)
+    with pytest.raises(UserError, match=r"stop_tokens: .* is this tokenizer's pad, which is never sampled"):
+        stop_token_ids(encoder, None, [tokenizer.pad_token])
+
+
 def test_the_saved_generation_config_stops_everywhere(tiny_lm: Any) -> None:
     model = copy.deepcopy(tiny_lm)
     set_stop_tokens(model, [0, 7])
     assert model.generation_config.eos_token_id == [0, 7]
     set_stop_tokens(model, [0])
     assert model.generation_config.eos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer.json", "null"), ("tokenizer.json", "junk"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "No"}}'),
+        ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "null"), ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'), ("config.json", "[]"), ("config.json", "null"),
+    ],
+)  # fmt: skip
+def test_damaged_tokenizer_files_are_told_in_one_line(tokenizer: Any, tmp_path: Path, file: str, content: str) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=r"no tokenizer can be loaded from .*: .+") as refusal:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_without_a_tokenizer_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the folder holds none; name a model's folder"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_pad_apart_from_eos_is_required(tokenizer: Any) -> None:

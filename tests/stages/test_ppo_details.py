@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -324,6 +325,31 @@ def test_ptx_adds_its_gradient_before_the_step(policy: Path, tmp_path: Path) -> 
         torch.testing.assert_close(tiny[name], without[name], atol=1e-6, rtol=1e-4)
 
 
+def test_ptx_reads_its_blocks_lengths_once(policy: Path, tmp_path: Path) -> None:
+    """A step costs as much as its own blocks, however many there are."""
+
+    class Counting(list[Any]):
+        reads = 0
+
+        def __iter__(self) -> Any:
+            self.reads += len(self)
+            return super().__iter__()
+
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": "abcd" * 4}) + "\n" for _ in range(40)))
+
+    def use(training: ppo.Training, run: Run[Any]) -> int:
+        assert training.learner.pretraining is not None
+        blocks = Counting(training.learner.pretraining.blocks)
+        pretraining = dataclasses.replace(training.learner.pretraining, blocks=blocks)
+        for step in range(3):
+            pretraining.accumulate_gradients(2, step)
+        return blocks.reads // len(blocks)
+
+    ptx = {"ptx_coef": 1.0, "ptx_datasets": [{"path": str(corpus)}], "ptx_block_tokens": 16}
+    assert with_training(tmp_path / "run", policy, COUNT_B, use, **SHORT, **ptx) == 1
+
+
 def test_the_moving_average_in_closed_form(policy: Path, tmp_path: Path) -> None:
     """Saved beside the policy: Σ (1-d) d^(n-i) θ_i + d^n θ_0 over the rollouts' weights; sampling uses the raw ones."""
 
@@ -481,6 +507,41 @@ def test_a_run_killed_in_its_final_evaluation_can_still_finish(policy: Path, tmp
     assert record["weights_sha256"] == whole["weights_sha256"]
     assert record["metrics"] == whole["metrics"]
     assert not (tmp_path / "run" / "out" / "best.pt").exists()
+
+
+def test_a_reward_that_draws_random_numbers_resumes_exactly_with_evaluations(policy: Path, tmp_path: Path) -> None:
+    """A resumed run asks about the reference's answers again: it gets the same scores, and training draws what it would have."""
+    settings: dict[str, Any] = {**SHORT, "total_rollouts": 3, "eval_rollouts": 1, "save_steps": 2}
+    body = "import random, numpy, torch\n    return random.random() + numpy.random.random() + float(torch.rand(()))"
+
+    def use(training: ppo.Training, run: Run[Any]) -> None:
+        ppo.train(training, run)
+
+    with_training(tmp_path / "resumed", policy, body, use, **settings)
+    resumed = train(tmp_path / "resumed", policy, body, **settings)
+    whole = train(tmp_path / "whole", policy, body, **settings)
+    assert resumed["resumed_from"] == [2]
+    assert resumed["metrics"] == whole["metrics"]
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    history = [json.loads(x) for x in (tmp_path / "whole" / "out" / "history.jsonl").read_text().splitlines()]
+    assert len({row["eval_reference_score"] for row in history if "eval_reference_score" in row}) == 1
+
+
+def test_the_saved_generation_config_samples_as_trained(policy: Path, tmp_path: Path) -> None:
+    """Nothing of the parent's own rules stays: generate() draws from the distribution that PPO trained."""
+    settings = {"do_sample": True, "temperature": 0.3, "top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0}
+    (policy / "generation_config.json").write_text(json.dumps({**settings, "min_new_tokens": 2, "eos_token_id": 1}))
+    train(tmp_path / "run", policy, COUNT_B, **{**SHORT, "total_rollouts": 1, "temperature": 1.5})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "out")
+    ids = torch.tensor([[3, 7, 4]])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), output_scores=True, return_dict_in_generate=True, max_new_tokens=1
+    )
+    with torch.no_grad():
+        logits = model(ids).logits[:, -1] / 1.5
+    logits[:, [0, 2, 3, 4, 5]] = float("-inf")
+    torch.testing.assert_close(out.scores[0], logits)
+    assert model.generation_config.max_new_tokens == 3
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"junk")], ids=["lost", "damaged"])

@@ -14,6 +14,7 @@ from pipeline.config.stages import STAGES
 from pipeline.data.encoding import ROLE_TEMPLATE
 from pipeline.training.stage import launch
 
+import numpy as np
 import pytest
 import yaml
 
@@ -141,7 +142,7 @@ def test_a_turn_that_is_not_to_be_learnt_has_no_label(parent: Path, tmp_path: Pa
     source = read_source(entry, "demonstration", tmp_path)
     args = SFTArguments(output_dir="x", parent="x", datasets=[entry])
     tokenizer = load_tokenizer(str(parent))
-    ((ids, labels),) = encode(ChatEncoder(tokenizer), source, list(source.records), args)
+    ((ids, labels),), _, _ = encode(ChatEncoder(tokenizer), source, np.array([False]), args)
     assert tokenizer.decode([label for label in labels if label != IGNORE]).startswith("On its way.")
     assert "Go away." in tokenizer.decode(ids)
 

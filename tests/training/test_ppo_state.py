@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 from helpers.outputs import output
+from pipeline.errors import UserError
 from pipeline.training.ppo_state import PPOState, load_checkpoint, save_checkpoint
 from pipeline.training.processes import Processes
 
 import numpy as np
+import pytest
 import torch
 
 
@@ -27,3 +32,20 @@ def test_every_random_state_goes_on_where_the_checkpoint_was_saved(tmp_path: Pat
     saved = load_checkpoint(tmp_path / "out" / "checkpoint-2", Processes())
     assert list(saved) == ["weights"]
     assert draws() == expected
+
+
+@pytest.mark.parametrize("random_states", [[torch.zeros(3, dtype=torch.uint8)], None], ids=["one tensor", "none"])
+def test_a_checkpoint_with_other_random_states_is_refused_in_one_line(tmp_path: Path, random_states: Any) -> None:
+    torch.save({"weights": torch.ones(2), "random": random_states}, tmp_path / "tensors.pt")
+    with pytest.raises(
+        UserError, match=r"tensors\.pt: another version of this package wrote this checkpoint.*output_dir"
+    ):
+        load_checkpoint(tmp_path, Processes())
+
+
+def test_a_checkpoint_with_other_fields_is_refused_in_one_line(tmp_path: Path) -> None:
+    values = dataclasses.asdict(PPOState(0.1))
+    for changed in ({**values, "steps": 3}, {k: v for k, v in values.items() if k != "moments"}):
+        (tmp_path / "state.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"state\.json: another version of this package"):
+            PPOState.read(tmp_path)

@@ -12,15 +12,23 @@ from typing import Any
 
 from pipeline.config.stages import STAGES
 from pipeline.errors import UserError
+from pipeline.models.loading import load_causal_lm
 from pipeline.training import history, progress
+from pipeline.training.identity import weights_sha256
 from pipeline.training.progress import Progress, duration
 from pipeline.training.stage import launch
-from pipeline.training.trainer import StageTrainer
+from pipeline.training.trainer import StageTrainer, save_trained
 
+import datasets
 import pytest
+import torch
+import torch.nn.functional as F
 import yaml
-from transformers import Trainer
-from trl import RewardTrainer, SFTTrainer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
+from trl import RewardTrainer, SFTConfig, SFTTrainer
+from trl.trainer import utils
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "past"]
 RECIPE: dict[str, Any] = {
@@ -200,3 +208,126 @@ def test_a_run_that_failed_after_its_last_step_takes_no_further_one(tmp_path: Pa
     pretrain(tmp_path / "failed", **changes)
     assert results(out) == results(whole)
     assert json.loads((out / "lineage.json").read_text())["resumed_from"] == [steps]
+
+
+# ---------------------------------------------------------------------------------------------- loss of demonstrations
+
+
+def demonstration_trainer(folder: Path, labels: list[list[int]], tokenizer: Any, **options: Any) -> Any:
+    from pipeline.data.collators import BlockCollator
+    from pipeline.sft import DemonstrationTrainer
+
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in RECIPE["model_config"].items() if k != "max_position_embeddings"}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    rows = [{"input_ids": [5, 6, 7, 8, 9, 10], "position_ids": [0, 1, 2, 0, 1, 2], "labels": row} for row in labels]
+    settings = SFTConfig(
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", remove_unused_columns=False, max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True}, **options,
+    )  # fmt: skip
+    return DemonstrationTrainer(
+        model=model,
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        data_collator=BlockCollator(0),
+        processing_class=tokenizer,
+    )
+
+
+def gradients(trainer: Any, batch: dict[str, Any], **options: Any) -> tuple[float, list[torch.Tensor]]:
+    loss = trainer.compute_loss(trainer.model, dict(batch), **options)
+    trainer.model.zero_grad()
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in trainer.model.parameters()]
+
+
+LABELS = [[-100, -100, 7, -100, 9, 10], [-100] * 6]
+
+
+def test_the_loss_of_labelled_tokens_is_that_of_the_whole_rows(tmp_path: Path, tokenizer: Any) -> None:
+    """Loss and every gradient, to fp32 rounding; no entropy and no top token is computed."""
+    trainer = demonstration_trainer(tmp_path, LABELS, tokenizer)
+    assert trainer.labelled_only
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        output = trainer.model(**batch, fused_lm_head=True)
+    assert output.entropy is None
+    assert output.is_top1 is None
+    loss, own = gradients(trainer, batch, num_items_in_batch=torch.tensor(7))
+    logits = trainer.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[:, :-1]
+    whole = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / 7
+    trainer.model.zero_grad()
+    whole.backward()
+    assert loss == pytest.approx(float(whole), rel=1e-6)
+    for one, parameter in zip(own, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, atol=1e-7, rtol=1e-5)
+
+
+def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients(tmp_path: Path, tokenizer: Any) -> None:
+    trainer = demonstration_trainer(tmp_path, [[-100] * 6], tokenizer)
+    loss, own = gradients(trainer, next(iter(trainer.get_train_dataloader())), num_items_in_batch=torch.tensor(5))
+    assert loss == 0
+    assert not any(gradient.any() for gradient in own)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}])
+def test_other_losses_of_trl_are_its_own(options: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
+    trainer = demonstration_trainer(tmp_path, LABELS, tokenizer, **options)
+    assert not trainer.labelled_only
+    gradients(trainer, next(iter(trainer.get_train_dataloader())))
+    assert trainer._metrics["train"]["entropy"]
+
+
+def test_trl_decides_by_a_private_function_whether_unlabelled_tokens_are_scored() -> None:
+    """trl 1.16: without it, SFT would compute logits of every token again."""
+    assert "compact = _use_triton(hidden_states.device)" in inspect.getsource(utils.add_fused_lm_head)
+
+
+# ---------------------------------------------------------------------------------------------- weights that are saved
+
+
+def test_weights_are_handed_on_in_bf16_where_the_recipe_says_so(tmp_path: Path) -> None:
+    """The fp32 run's weights rounded once; lineage records key and hash; the next stage trains fp32 masters from them."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    whole, rounded = pretrain(tmp_path / "one"), pretrain(tmp_path / "two", save_dtype="bf16")
+    full, half = (load_file(folder / "model.safetensors") for folder in (whole, rounded))
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert all(torch.equal(half[name], full[name].bfloat16()) for name in full)
+    assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
+    lineage = json.loads((rounded / "lineage.json").read_text())
+    assert lineage["recipe"]["save_dtype"] == "bf16"
+    assert lineage["weights_sha256"] == weights_sha256(rounded)
+    plain = AutoModelForCausalLM.from_pretrained(rounded)
+    assert plain.dtype == torch.bfloat16
+
+    (tmp_path / "three").mkdir()
+    changes: dict[str, Any] = {"config_class": "LlamaConfig", "train_tokenizer": None, "model_config": {}}
+    after = pretrain(tmp_path / "three", parent=str(rounded), **changes)
+    assert {tensor.dtype for tensor in load_file(after / "model.safetensors").values()} == {torch.float32}
+
+
+def test_merging_holds_the_base_once(tmp_path: Path, tiny_lm: Any, tokenizer: Any) -> None:
+    tiny_lm.save_pretrained(tmp_path / "base")
+    base = load_causal_lm(str(tmp_path / "base"))
+    adapted = get_peft_model(
+        base, LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", target_modules="all-linear")
+    )
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=ids).logits
+
+    def load_base() -> Any:
+        assert not sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
+        return load_causal_lm(str(tmp_path / "base"))
+
+    trainer = SimpleNamespace(
+        model=adapted,
+        args=SimpleNamespace(output_dir=str(tmp_path / "out")),
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        is_world_process_zero=lambda: True,
+    )
+    save_trained(trainer, tokenizer, load_base)
+    with torch.no_grad():
+        merged = load_causal_lm(str(tmp_path / "out")).eval()(input_ids=ids).logits
+    torch.testing.assert_close(merged, expected, atol=2e-5, rtol=2e-5)
