@@ -31,7 +31,7 @@ from pipeline.models.tokenizers import (
     stop_token_ids,
     template_identity,
 )
-from pipeline.models.trials import isolates_packed_documents
+from pipeline.models.trials import fused_head_gives_the_loss, isolates_packed_documents
 from pipeline.rollout.greedy import GreedyScore
 from pipeline.rollout.rewards import ScoringSetup, build_scorer, identity
 from pipeline.training.lineage import verify_parent
@@ -140,13 +140,16 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        self.labelled_only = compute_labelled_logprobs_only(self)
+        smoothed = self.label_smoother is not None
+        self.keeps_trl_loss = self.aux_loss_enabled or smoothed or self.args.loss_type != "nll"
+        self.labelled_only = not self.keeps_trl_loss and compute_labelled_logprobs_only(self)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss without its metrics of every step, which nothing reads."""
-        if not self.labelled_only:
+        """The model's own loss, without TRL's metrics of every step, which nothing reads."""
+        if self.keeps_trl_loss:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        return Trainer.compute_loss(self, model, {**inputs, "fused_lm_head": True}, *args, **kwargs)
+        options = {"fused_lm_head": True} if self.labelled_only else {"use_cache": False}
+        return Trainer.compute_loss(self, model, {**inputs, **options}, *args, **kwargs)
 
     def measure(self) -> dict[str, float]:
         nll, tokens, hits = measure_tokens(self, self.eval_dataset, self.eval_rows)
@@ -166,16 +169,15 @@ def compute_labelled_logprobs_only(trainer: Any) -> bool:
     TRL does the former on GPUs alone; `_use_triton` in trl.trainer.utils, which decides it, is private.
 
     Returns:
-        whether it was replaced; if not (a router's loss, label smoothing or a loss of another kind), TRL's own is needed.
+        whether the new head gives the model's own loss; if not, that is computed from all logits.
     """
-    if trainer.aux_loss_enabled or trainer.label_smoother is not None or trainer.args.loss_type != "nll":
-        return False
     if not hasattr(utils, "_use_triton"):
         raise RuntimeError("trl.trainer.utils has no _use_triton: another version of TRL than 1.16 is installed")
-    utils._use_triton = lambda _: True
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    utils.add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
-    return True
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    utils._use_triton = lambda device: True  # noqa: ARG005 - mypy asks for the name
+    utils.add_fused_lm_head(model)
+    return fused_head_gives_the_loss(model)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,22 @@ def _isolates(model: Any) -> bool:
     return _close(together, torch.cat([output.last_hidden_state[0] for output in alone]), model)
 
 
+def fused_head_gives_the_loss(model: Any) -> bool:
+    """Whether `model(..., fused_lm_head=True)`, as TRL adds it to a model, gives the model's own loss.
+
+    TRL reads scales and caps of logits from names in the configuration, and the head's weight alone: a model whose head
+    is scaled under another name, or holds an adapter or more than one linear layer, would be trained on another loss.
+    """
+    if type(model.get_output_embeddings()) is not torch.nn.Linear:
+        return False
+    device = next(model.parameters()).device
+    rows = torch.tensor([sequence[: LENGTHS[0]] for sequence in _sequences(model)], device=device)
+    with _evaluating(model), torch.no_grad():
+        own = model(input_ids=rows, labels=rows, use_cache=False).loss
+        fused = model(input_ids=rows, labels=rows, fused_lm_head=True).loss
+    return _close(fused, own, model)
+
+
 def _sequences(model: Any) -> list[list[int]]:
     vocabulary = int(model.config.get_text_config().vocab_size)
     return [[(7 * i + 5) % vocabulary for i in range(n, 2 * n)] for n in LENGTHS]

@@ -20,6 +20,7 @@ from pipeline.training.stage import Run, launch
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 COUNT_B = "return float(response.count('b'))"
 SHORT: dict[str, Any] = {
@@ -302,3 +303,18 @@ def test_a_base_is_not_overwritten(policy: Path, tmp_path: Path) -> None:
     for roles in ROLES:
         trained(policy, tmp_path / roles, roles)
     assert {p.name: p.read_bytes() for p in policy.iterdir()} == {p.name: p.read_bytes() for p in copy.iterdir()}
+
+
+def test_policy_average_and_value_are_handed_on_in_bf16(policy: Path, tmp_path: Path) -> None:
+    """The average is saved without a copy and the policy is the policy afterwards; the value's head stays fp32."""
+    options: dict[str, Any] = {**SHORT, "total_rollouts": 2, "ema_decay": 0.5}
+    train(tmp_path / "whole", policy, COUNT_B, **options)
+    train(tmp_path / "half", policy, COUNT_B, save_dtype="bf16", **options)
+    stored = {}
+    for name in ("", "ema", "value"):
+        full, half = (load_file(tmp_path / run / "out" / name / "model.safetensors") for run in ("whole", "half"))
+        stored[name] = full
+        for weight, tensor in half.items():
+            assert tensor.dtype == (torch.float32 if weight == "score.weight" else torch.bfloat16)
+            assert torch.equal(tensor, full[weight].to(tensor.dtype))
+    assert any(not torch.equal(stored[""][weight], stored["ema"][weight]) for weight in stored[""])

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config.stages import STAGES
 from pipeline.errors import UserError
 from pipeline.models.loading import load_causal_lm
+from pipeline.models.trials import fused_head_gives_the_loss
 from pipeline.training import history, progress
 from pipeline.training.identity import weights_sha256
 from pipeline.training.progress import Progress, duration
@@ -258,7 +259,7 @@ def test_the_loss_of_labelled_tokens_is_that_of_the_whole_rows(tmp_path: Path, t
     whole = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / 7
     trainer.model.zero_grad()
     whole.backward()
-    assert loss == pytest.approx(float(whole), rel=1e-6)
+    assert loss == pytest.approx(whole.item(), rel=1e-6)
     for one, parameter in zip(own, trainer.model.parameters(), strict=True):
         torch.testing.assert_close(one, parameter.grad, atol=1e-7, rtol=1e-5)
 
@@ -276,6 +277,31 @@ def test_other_losses_of_trl_are_its_own(options: dict[str, Any], tmp_path: Path
     assert not trainer.labelled_only
     gradients(trainer, next(iter(trainer.get_train_dataloader())))
     assert trainer._metrics["train"]["entropy"]
+
+
+@pytest.mark.parametrize("fault", ["scale of another name", "adapter on the head"])
+def test_a_head_that_trl_does_not_know_keeps_the_models_own_loss(fault: str, tmp_path: Path, tokenizer: Any) -> None:
+    """Logits that a model scales by itself: the loss is computed from them."""
+    trainer = demonstration_trainer(tmp_path, LABELS, tokenizer)
+    if fault == "adapter on the head":
+        head = get_peft_model(trainer.model, LoraConfig(r=2, target_modules=["lm_head"])).base_model.model
+        assert not fused_head_gives_the_loss(head)
+        return
+    model = trainer.model
+    plain = type(model).forward
+
+    class Scaled(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, labels: Any = None, **options: Any) -> Any:
+            output = plain(self, *args, **options)
+            output.logits = 3 * output.logits
+            if labels is not None:
+                output.loss = self.loss_function(logits=output.logits, labels=labels, vocab_size=self.vocab_size)
+            return output
+
+    del model.forward  # TRL's head
+    model.__class__ = Scaled
+    utils.add_fused_lm_head(model)
+    assert not fused_head_gives_the_loss(model)
 
 
 def test_trl_decides_by_a_private_function_whether_unlabelled_tokens_are_scored() -> None:
