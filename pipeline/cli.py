@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "measure a run and write report/report.json and report/index.html",
     "compare": "what differs between two runs: recipe, data, code, result",
     "export": "what is shipped of a run: weights, tokenizer, generation config and card in a folder of its own",
+    "label": "a web page on which people compare, rank and write answers; their labels as records",
     "best-of": "rejection sampling: the best of n responses per prompt, as demonstrations",
 }
 

@@ -21,6 +21,7 @@ LAYERS = [
     ["rollout"],
     ["planning"],
     ["evaluation"],
+    ["labeling"],
     ["pretrain", "sft", "reward", "ppo"],
     ["commands"],
     ["cli"],
