@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pipeline.algorithms.seeds import STRIDE
+
 import numpy as np
 import torch
 from torch.utils.data import Sampler
@@ -18,7 +20,7 @@ def epoch_permutation_indices(count: int, first: int, number: int, seed: int) ->
     picked: list[int] = []
     while number:
         epoch, index = divmod(first, count)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(seed * STRIDE + epoch)
         picked += torch.randperm(count, generator=generator)[index : index + number].tolist()
         taken = min(number, count - index)
         first, number = first + taken, number - taken
@@ -47,7 +49,7 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        seed = self.seed * 1_000_003 + self.epoch
+        seed = self.seed * STRIDE + self.epoch
         rows = seeded_order(seed, len(self.lengths))
         size = self.batch * self.pool
         batches: list[list[int]] = []
