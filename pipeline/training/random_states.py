@@ -7,6 +7,8 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipeline.models.precision import accelerator_type
+
 import numpy as np
 import torch
 from accelerate.utils import set_seed
@@ -20,7 +22,7 @@ def random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (name, np.asarray(keys).tolist(), *rest),
     }
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return states | ({"cuda": torch.cuda.get_rng_state()} if accelerator_type() == "cuda" else {})
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
@@ -28,7 +30,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and accelerator_type() == "cuda":
         torch.cuda.set_rng_state(states["cuda"])
 
 

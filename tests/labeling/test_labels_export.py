@@ -79,7 +79,9 @@ def test_check_is_happy_with_the_export(tmp_path: Path, capsys: pytest.CaptureFi
     found = json.loads(capsys.readouterr().out)
     assert (found["rows"], found["labelers"]) == (10, {"ana": 5, "ben": 5})
     assert found["agreement"]["judged_pairs"] > 3
-    assert set(found["problems"]) <= {"all responses are tied"} or found["trainable"] == 8
+    # The fixture ranks by place, and places are shuffled per labeler: ana and ben may disagree, nothing else is wrong.
+    assert {name.split(":")[0] for name in found["problems"]} <= {"all responses tie", "contradicts"}
+    assert found["trainable"] == 10 - sum(problem["rows"] for problem in found["problems"].values())
 
 
 def test_an_incremental_export_never_changes_a_line(tmp_path: Path) -> None:
