@@ -23,6 +23,7 @@ from typing import Any
 
 from pipeline.data.hashing import sha256_json
 from pipeline.data.notes import Note, collected_notes, say
+from pipeline.data.progress import SECONDS_BETWEEN_LINES
 from pipeline.errors import UserError
 
 from filelock import FileLock, Timeout
@@ -31,7 +32,6 @@ logger = logging.getLogger("pipeline.progress")
 VARIABLE = "RLHF_DATA_CACHE"
 SEAL = "entry.json"
 LOCKS = "locks"
-SECONDS_BETWEEN_LINES = 30.0
 LIBRARIES = ("tokenizers", "transformers", "pyarrow")  # their versions decide an entry's content too
 ANOTHER = f"free some space there or name another folder as `data_cache:` or in ${VARIABLE}"
 _MARK = "\x00"  # stands for the data file's path, which is no part of the content

@@ -17,7 +17,7 @@ from pipeline.data.parallel import map_batches
 from pipeline.data.progress import DataProgress
 from pipeline.data.records import Record, at_row
 from pipeline.data.stored_records import StoredRecords
-from pipeline.data.tables import map_table, numbers, write_table
+from pipeline.data.tables import locate, map_table, numbers, write_table
 from pipeline.errors import UserError
 
 import datasets
@@ -182,9 +182,8 @@ class RankingTable(Sequence[EncodedRanking]):
     def _columns(self, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = int(np.searchsorted(self._ends, index, "right"))
-        first = int(self._ends[number - 1]) if number else 0
-        return self._batches[number].slice(index - first, 1).to_pylist()[0]
+        number, row = locate(self._ends, index)
+        return self._batches[number].slice(row, 1).to_pylist()[0]
 
     def __getitem__(self, index: Any) -> Any:
         row = self._columns(index)

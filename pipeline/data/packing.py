@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.data.encoding import IGNORE
 from pipeline.data.progress import DataProgress
+from pipeline.data.tables import locate
 
 import datasets
 import numpy as np
@@ -25,8 +26,33 @@ Block = dict[str, Any]  # input_ids, position_ids, labels: of one length
 Tokens = Sequence[int] | np.ndarray
 
 
+class PackedRows(Sequence[Block]):
+    """Rows of entries of a table, each put together when it is asked for.
+
+    Attributes:
+        first: (rows + 1,) where each row begins in the table.
+    """
+
+    first: np.ndarray
+
+    def row(self, begin: int, end: int) -> Block:
+        """The row of the entries from `begin` to `end`."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self.row(int(self.first[index]), int(self.first[index + 1]))
+
+
 @dataclass(frozen=True)
-class PackedDocuments(Sequence[Block]):
+class PackedDocuments(PackedRows):
     """Blocks of pieces of documents.
 
     Args:
@@ -41,17 +67,9 @@ class PackedDocuments(Sequence[Block]):
     length: np.ndarray
     first: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.first) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def row(self, begin: int, end: int) -> Block:
         pieces = []
-        for piece in range(self.first[index], self.first[index + 1]):
+        for piece in range(begin, end):
             start = int(self.start[piece])
             ids = self.documents[int(self.document[piece])][start : start + int(self.length[piece])]
             pieces.append(np.asarray(ids, np.int64))
@@ -119,7 +137,7 @@ def pack_documents(
 
 
 @dataclass(frozen=True)
-class PackedExamples(Sequence[Block]):
+class PackedExamples(PackedRows):
     """Rows of whole examples.
 
     Args:
@@ -132,16 +150,8 @@ class PackedExamples(Sequence[Block]):
     order: np.ndarray
     first: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.first) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        return join_examples([self.examples[i] for i in self.order[self.first[index] : self.first[index + 1]].tolist()])
+    def row(self, begin: int, end: int) -> Block:
+        return join_examples([self.examples[i] for i in self.order[begin:end].tolist()])
 
 
 def best_fit(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -244,8 +254,8 @@ class Joined(Sequence[Any]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = int(np.searchsorted(self._ends, index, "right"))
-        return self.parts[number][index - (int(self._ends[number - 1]) if number else 0)]
+        number, row = locate(self._ends, index)
+        return self.parts[number][row]
 
 
 class _Rows:

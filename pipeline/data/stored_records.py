@@ -14,7 +14,7 @@ from pipeline.data.comparisons import RANKING_COLUMNS, ranking_columns
 from pipeline.data.progress import DataProgress
 from pipeline.data.records import Record
 from pipeline.data.splits import HELD_OUT, prompt_hash, side_of
-from pipeline.data.tables import IntegerRows, list_array, map_table, numbers, read_batches, write_table
+from pipeline.data.tables import IntegerRows, list_array, locate, map_table, numbers, read_batches, write_table
 
 import numpy as np
 import pyarrow as pa
@@ -125,9 +125,8 @@ class StoredRecords(Sequence[Record]):
             raise IndexError(index)
         index %= len(self)
         position = int(index if self.positions is None else self.positions[index])
-        number = int(np.searchsorted(self._ends, position, "right"))
+        number, row = locate(self._ends, position)
         file = self.files[number]
-        row = position - (int(self._ends[number - 1]) if number else 0)
         return file.record(file.table.column("record")[row].as_py())
 
     def __iter__(self) -> Iterator[Record]:

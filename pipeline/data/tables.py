@@ -46,6 +46,16 @@ def list_array(rows: Sequence[Sequence[int] | np.ndarray], kind: pa.DataType) ->
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, kind))
 
 
+def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """(part, row in it) of a position among parts that stand one after the other.
+
+    Args:
+        ends: (parts,) rows up to the end of each part.
+    """
+    part = int(np.searchsorted(ends, index, "right"))
+    return part, index - (int(ends[part - 1]) if part else 0)
+
+
 class IntegerRows(Sequence[np.ndarray]):
     """Rows of integers of one column of several tables, each a view of its file.
 
@@ -57,8 +67,7 @@ class IntegerRows(Sequence[np.ndarray]):
         chunks = [chunk for table in tables for chunk in table.column(column).chunks]
         self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
         self._values = [chunk.values.to_numpy() for chunk in chunks]
-        sizes = [len(offsets) - 1 for offsets in self._offsets]
-        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+        self._ends = np.cumsum([len(offsets) - 1 for offsets in self._offsets], dtype=np.int64)
         self.lengths = np.concatenate([np.zeros(0, np.int64), *map(np.diff, self._offsets)]).astype(np.int32)
 
     def __len__(self) -> int:
@@ -67,8 +76,7 @@ class IntegerRows(Sequence[np.ndarray]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        chunk = int(np.searchsorted(self._starts, index, "right")) - 1
-        row = index - int(self._starts[chunk])
+        chunk, row = locate(self._ends, index)
         offsets = self._offsets[chunk]
         return self._values[chunk][offsets[row] : offsets[row + 1]]
 

@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.data.progress import SECONDS_BETWEEN_LINES
 from pipeline.training.run import Run
 
 from tqdm.auto import tqdm
 
 logger = logging.getLogger("pipeline")
-SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
