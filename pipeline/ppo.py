@@ -15,6 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,9 @@ from pipeline.algorithms.ppo import clipped_policy_losses, clipped_value_losses
 from pipeline.algorithms.seeds import epoch_seed, rollout_seed
 from pipeline.config.ppo import PPOArguments
 from pipeline.data.batching import microbatches, seeded_order
-from pipeline.models.networks import Networks
+from pipeline.models.networks import Networks, no_policy_loss, no_value_loss
+from pipeline.models.offload import offloaded_moments
+from pipeline.models.sharding import clip_grad_norm
 from pipeline.rollout.alarms import Alarms, warn_of_missing_eos_score
 from pipeline.rollout.collect import Collector, ruled_scores, scaled_scores, score_metrics
 from pipeline.rollout.evaluation import Evaluation, HeldOutEvaluation, reason_to_end, record_if_best
@@ -43,7 +46,7 @@ from pipeline.training.stage import launch
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 logger = logging.getLogger("pipeline.ppo")  # __name__ is __main__ under accelerate launch
@@ -82,7 +85,10 @@ def prepare(run: Run[PPOArguments], inputs: PPOInputs) -> Training:
     pretraining = prepare_pretraining(inputs, collector)
     learner = Learner(args, run.processes, collector, pretraining, state)
     if checkpoint:
-        learner.load_state_dict(load_checkpoint(checkpoint, run.processes))
+        with learner.moments:
+            learner.load_state_dict(load_checkpoint(checkpoint, learner.state_dict(), run.processes))
+        if functions := [source.function for source in args.reward if source.function]:
+            logger.warning("ppo: reward functions start anew, with what their modules count or hold: %s", functions)
     evaluation = HeldOutEvaluation(collector, inputs.judges)
     log = PPOLog(run, inputs.accelerator)
     return Training(inputs, inputs.prompts, collector, evaluation, learner, state, log, run.begin(checkpoint))
@@ -92,6 +98,7 @@ def train(training: Training, run: Run[PPOArguments]) -> None:
     """Run the remaining rollouts, with evaluations and checkpoints between them."""
     args, state, learner, log = run.args, training.state, training.learner, training.log
     alarms = Alarms(args.max_grad_norm, "bf16" if training.collector.plan.bf16 else "fp32")
+    checked = False
     with log.progress(state.rollout) as bar:
         if (
             args.eval_rollouts and state.rollout == 0 and state.ended is None
@@ -113,7 +120,9 @@ def train(training: Training, run: Run[PPOArguments]) -> None:
             bar.update()
             stop = run.interrupted()
             if state.rollout % args.save_steps == 0 and state.rollout < args.total_rollouts:
-                save_checkpoint(run.output, state, learner.state_dict(), run.processes)
+                with learner.moments:
+                    save_checkpoint(run.output, state, learner.state_dict(), run.processes, check=not checked)
+                checked = True
             if stop:  # the last checkpoint at a boundary is what the next start resumes from
                 run.leave_interrupted()
     if state.ended:
@@ -143,8 +152,8 @@ def evaluate(training: Training, run: Run[PPOArguments]) -> Evaluation:
     args, state = run.args, training.state
     evaluation = training.evaluation.evaluate(training.prompts.held_out[: args.eval_prompts])
     training.log.samples(state.rollout, evaluation.samples)
-    if record_if_best(evaluation.metrics, args, state) and run.is_main:
-        save_best(Path(args.output_dir), training.learner.weights())
+    if record_if_best(evaluation.metrics, args, state):
+        save_best(Path(args.output_dir), training.learner.weights(), run.processes)
     state.ended = reason_to_end(evaluation.metrics, args, state)
     return evaluation
 
@@ -154,7 +163,7 @@ def finish(training: Training, run: Run[PPOArguments]) -> None:
     args, state = run.args, training.state
     if state.best_rollout is not None:
         run.processes.barrier()
-        training.learner.load_weights(load_best(Path(args.output_dir)))
+        training.learner.load_weights(load_best(Path(args.output_dir), training.learner.weights()))
     evaluation = training.evaluation.evaluate(training.prompts.held_out)
     save_result(
         run,
@@ -174,6 +183,9 @@ class Learner:
     """Updates policy and value model on rollouts: two optimizers, each with its own schedule.
 
     A schedule counts the rollouts in which its network is trained.
+
+    Attributes:
+        moments: with `offload: all`, Adam's moments are on the device inside `with learner.moments` only.
     """
 
     def __init__(
@@ -188,6 +200,9 @@ class Learner:
         self.pretraining, self.state = pretraining, state
         self.networks: Networks = collector.networks
         self.optimizers, self.schedules = build_optimizers(args, self.networks.trained)
+        self.moments: AbstractContextManager[None] = nullcontext()
+        if args.offload == "all":
+            self.moments = offloaded_moments(self.optimizers.values())
         self.average = None
         if args.ema_decay is not None:
             self.average = [parameter.detach().clone() for parameter in self.networks.trained["policy"]]
@@ -210,14 +225,14 @@ class Learner:
             scale = collected["advantage_std"] + 1e-8 if args.whiten_advantages else 1.0
             kl_loss_coef = state.kl_coef / scale
         steps: list[dict[str, float]] = []
-        for epoch in range(args.ppo_epochs):
-            epoch_steps = [
-                self.step(rollout.select(rows), trained, kl_loss_coef) for rows in self.minibatches(len(rollout), epoch)
-            ]
-            steps += epoch_steps
-            moved = sum(step.get("update_kl", 0.0) for step in epoch_steps) / len(epoch_steps)
-            if args.max_update_kl is not None and moved > args.max_update_kl:
-                break
+        with self.moments:
+            for epoch in range(args.ppo_epochs):
+                minibatches = self.minibatches(len(rollout), epoch)
+                epoch_steps = [self.step(rollout.select(rows), trained, kl_loss_coef) for rows in minibatches]
+                steps += epoch_steps
+                moved = sum(step.get("update_kl", 0.0) for step in epoch_steps) / len(epoch_steps)
+                if args.max_update_kl is not None and moved > args.max_update_kl:
+                    break
         metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         metrics |= {"epochs": epoch + 1, "seconds_update": time.perf_counter() - start}
         for name in trained:
@@ -249,9 +264,9 @@ class Learner:
         self.processes.sum_gradients(p for name in trained for p in self.networks.trained[name])
         self._check_finite(metrics, minibatch, "the loss")
         for name in trained:
-            norm = nn.utils.clip_grad_norm_(self.networks.trained[name], self.args.max_grad_norm)
-            metrics[f"{name}_grad_norm"] = norm.item()
-            self._check_finite({"norm": norm.item()}, minibatch, f"{name}'s gradient")
+            norm = clip_grad_norm(self.networks.trained[name], self.args.max_grad_norm)
+            metrics[f"{name}_grad_norm"] = norm
+            self._check_finite({"norm": norm}, minibatch, f"{name}'s gradient")
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
         self.state.policy_steps += "policy" in trained
@@ -270,7 +285,13 @@ class Learner:
         tokens, value_tokens = int(minibatch.lengths.sum()), int(minibatch.value_lengths.sum())
         sequence_tokens = [len(p) + len(r) for p, r in zip(minibatch.prompt_ids, minibatch.response_ids, strict=True)]
         own_sequences = self.processes.share(range(len(minibatch)))
-        for rows in microbatches(sequence_tokens, own_sequences, args.micro_batch_tokens):
+        groups = microbatches(sequence_tokens, own_sequences, args.micro_batch_tokens)
+        for rows in self.processes.equally_many(groups) if self.networks.sharded else groups:
+            if rows is None:  # another process has one more, and needs this one's part of the networks
+                self.networks.accumulate_gradients(
+                    self.collector.filler(), no_policy_loss if "policy" in trained else None, no_value_loss
+                )
+                continue
             micro_batch = minibatch.select(rows)
             inputs = self.collector.batch(micro_batch.prompt_ids, micro_batch.response_ids)
             micro_batch = micro_batch.to(self.collector.device)

@@ -27,14 +27,20 @@ from pipeline.data.packing import Chosen, Joined, lazy_dataset
 from pipeline.data.sources import Source, fingerprint, read_sources, replace_records
 from pipeline.data.splits import labeler_folds
 from pipeline.errors import UserError
-from pipeline.evaluation.reward_model import Truth, evaluate_reward_model
+from pipeline.evaluation.reward_model import Truth, measure_reward_model, reward_metrics
 from pipeline.models.loading import check_context_length, disable_noise
 from pipeline.models.lora import lora_config
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, set_offset
 from pipeline.models.tokenizers import complete_chat_model, load_tokenizer, template_identity
-from pipeline.rollout.score_scale import distinct_prompts, mean_demonstration_score, scale_to_unit_variance
+from pipeline.rollout.score_scale import (
+    TrainedScores,
+    distinct_prompts,
+    mean_demonstration_score,
+    scale_to_unit_variance,
+)
 from pipeline.training.lineage import verify_parent
 from pipeline.training.run import Run
+from pipeline.training.sharded_trainer import sharding_of
 from pipeline.training.stage import launch
 from pipeline.training.trainer import (
     StageTrainer,
@@ -83,6 +89,7 @@ def main(run: Run[RewardArguments]) -> None:
 
     trainer = RankingTrainer(
         model=model,
+        sharding=sharding_of(run),
         args=training_arguments(RewardConfig, run, disable_dropout=False, max_length=None),
         train_dataset=lazy_dataset(rows),
         eval_dataset=lazy_dataset(Joined([TrainingRows(table) for table in rankings.held_out_tables])),
@@ -101,27 +108,23 @@ def main(run: Run[RewardArguments]) -> None:
     save_trained(trainer, tokenizer, load_base=lambda: load_scalar_model(parent.path))
     run.round_saved_weights()  # before scores are measured
     run.processes.barrier()
-    final = load_scalar_model(args.output_dir).to(trainer.accelerator.device).eval()
-    metrics: dict[str, Any] = {}
+    scores = TrainedScores.load(run, encoder)
+    prompts = distinct_prompts(sources, split.training, args.unit_variance_samples or 0)
+    metrics: dict[str, Any] = scale_and_center(scores, prompts, demonstrations, args)
+    measured = measure_reward_model(
+        scores, scores.reader, tokenizer.pad_token_id, list(held_out), list(rankings.held_out_labelers)
+    )
+    known = Truth(str(args.truth), truth) if truth else None  # the user's function may fail: then all processes end
+    metrics |= run.processes.from_main(lambda: reward_metrics(measured, truth=known, tie_margin=trainer.tie_margin))
+    metrics |= {
+        "kept_out_labelers": kept_out,
+        "rankings": len(rows),
+        "pairs": pairs,
+        "steps": trainer.state.global_step,
+    }
     if run.is_main:
-        prompts = distinct_prompts(sources, split.training, args.unit_variance_samples or 0)
-        metrics |= scale_and_center(final, encoder, prompts, demonstrations, args)
-        metrics |= evaluate_reward_model(
-            final,
-            tokenizer.pad_token_id,
-            list(held_out),
-            list(rankings.held_out_labelers),
-            truth=Truth(str(args.truth), truth) if truth else None,
-            tie_margin=trainer.tie_margin,
-        )
-        final.config.score_temperature = metrics.get("temperature", 1.0)
-        final.config.save_pretrained(args.output_dir)
-        metrics |= {
-            "kept_out_labelers": kept_out,
-            "rankings": len(rows),
-            "pairs": pairs,
-            "steps": trainer.state.global_step,
-        }
+        scores.model.config.score_temperature = metrics.get("temperature", 1.0)
+        scores.model.config.save_pretrained(args.output_dir)
     run.finish(
         parents=[parent.record()],
         datasets=[s.provenance() for s in [*sources, *demonstrations]],
@@ -200,18 +203,16 @@ def encode_split(
 
 
 def scale_and_center(
-    model: Any, encoder: ChatEncoder, prompts: list[Any], demonstrations: Sequence[Source], args: RewardArguments
+    scores: TrainedScores, prompts: list[Any], demonstrations: Sequence[Source], args: RewardArguments
 ) -> dict[str, float]:
     """Scores of variance 1 over the parent's answers where the recipe asks for it, and of mean 0 over demonstrations."""
-    scale = scale_to_unit_variance(model, encoder, prompts, args) if prompts else 1.0
-    offset = mean_demonstration_score(model, encoder, demonstrations, args.max_tokens)
-    set_offset(model, offset)
+    scale = scale_to_unit_variance(scores, prompts, args) if prompts else 1.0
+    offset = mean_demonstration_score(scores, demonstrations, args.max_tokens)
+    set_offset(scores.model, offset)
     return {"score_offset": offset, "score_scale": scale}
 
 
 def _summary(metrics: dict[str, Any]) -> str:
-    if not metrics:
-        return ""
     if metrics["accuracy"] is None:
         return "no held-out ranking tells two responses apart; accuracy unknown"
     low, high = metrics["accuracy_ci95"]

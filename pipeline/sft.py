@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.language import mean_loss, perplexity
 from pipeline.models.loading import check_context_length, keep_router_logits_off, load_causal_lm
 from pipeline.models.lora import lora_config
+from pipeline.models.sharding import gathered
 from pipeline.models.tokenizers import (
     complete_chat_model,
     load_tokenizer,
@@ -31,11 +32,12 @@ from pipeline.models.tokenizers import (
     stop_token_ids,
     template_identity,
 )
-from pipeline.models.trials import fused_head_gives_the_loss, isolates_packed_documents
+from pipeline.models.trials import fused_head_gives_the_loss, isolates_packed_documents, require_causal
 from pipeline.rollout.greedy import GreedyScore
 from pipeline.rollout.rewards import ScoringSetup, build_scorer, identity
 from pipeline.training.lineage import verify_parent
 from pipeline.training.run import Run
+from pipeline.training.sharded_trainer import sharding_of
 from pipeline.training.stage import launch
 from pipeline.training.trainer import (
     StageTrainer,
@@ -73,13 +75,16 @@ def main(run: Run[SFTArguments]) -> None:
 
     set_seed(args.seed)
     model = load_causal_lm(parent.path, args.quantization)
+    require_causal(model, args.parent)
     check_context_length(model.config, args.max_tokens, "max_tokens")
     encoder, notes = complete_chat_model(tokenizer, model, args.chat_template, args.output_dir)
     stop_ids = stop_token_ids(encoder, model.generation_config)
     set_stop_tokens(model, stop_ids)
     packing = args.packing and isolates_packed_documents(model)
     if args.packing and not packing:
-        notes.append("examples that share a row would see each other in this model; each gets a row of its own")
+        notes.append(
+            "packing: examples that share a row would see each other in this model; each gets a row of its own"
+        )
     for note in notes:
         logger.warning("sft: %s", note)
 
@@ -88,8 +93,10 @@ def main(run: Run[SFTArguments]) -> None:
     rows = pack_examples(training, args.max_tokens, demonstrations.lengths) if packing else one_per_row(training)
     logger.info("sft: %d demonstrations in %d rows, %d held out", len(training), len(rows), len(held_out))
 
+    sharding = sharding_of(run)
     trainer = DemonstrationTrainer(
         model=model,
+        sharding=sharding,
         args=training_arguments(
             SFTConfig,
             run,
@@ -105,7 +112,9 @@ def main(run: Run[SFTArguments]) -> None:
         peft_config=lora_config(model, args.lora, "CAUSAL_LM", tokenizer) if args.lora else None,
     )
     if args.score:
-        scorer = build_scorer(args.score, ScoringSetup(encoder, trainer.accelerator.device, stop_ids))
+        scorer = build_scorer(
+            args.score, ScoringSetup(encoder, trainer.accelerator.device, stop_ids, sharding=sharding)
+        )
         records = list(demonstrations.held_out_records[: args.score_prompts])
         trainer.greedy_score = GreedyScore(encoder, scorer, records, args.max_response_tokens)
     keep_router_logits_off(model)  # TRL asks for them in its calls
@@ -159,7 +168,8 @@ class DemonstrationTrainer(StageTrainer, SFTTrainer):
             "token_accuracy": hits / max(tokens, 1),
         }
         if self.greedy_score is not None:
-            metrics["score"] = self.greedy_score.measure(self.model)
+            with gathered(self.model):
+                metrics["score"] = self.greedy_score.measure(self.model)
         return metrics
 
 

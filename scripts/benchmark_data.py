@@ -2,6 +2,7 @@
 
     python scripts/benchmark_data.py                                    # all stages, 10, 100 and 1,000 MB
     python scripts/benchmark_data.py --stages pretrain --megabytes 10 100
+    python scripts/benchmark_data.py --stages streamed --megabytes 10 100    # one pass over a streamed dataset, no training
 
 The rows are made of lines of text files (`--corpus`, default: `shared/data/corpora` where it is, else words drawn at random
 from a fixed list), in which every tenth word is replaced by a number, so that no two rows are alike. The tokenizer is a
@@ -188,6 +189,29 @@ def start(stage: str, recipe_file: Path) -> None:
         handle.remove()
 
 
+def stream(folder: Path) -> None:
+    """Ask for all blocks of one pass over a streamed folder and print seconds and memory as JSON."""
+    import pipeline.pretrain  # noqa: F401 - what a run has imported
+    from pipeline.data.entries import DatasetEntry
+    from pipeline.data.streaming import HubStream, StreamedBlocks
+    from pipeline.models.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder.parent / "policy"))
+    memory, began = Memory(), time.perf_counter()
+    source = HubStream(DatasetEntry(hub=str(folder), streaming=True), held_out_fraction=0.01)
+    blocks = StreamedBlocks(source, tokenizer, 1024, isolated=True, seed=0, ahead=64)
+    for number, _ in enumerate(blocks, 1):
+        if number == 1:
+            first = time.perf_counter() - began
+        if number % 1000 == 0 and blocks.seen(number).passes:
+            break
+    seconds, tokens = time.perf_counter() - began, blocks.seen(number).tokens
+    time.sleep(0.2)  # the last look at the memory
+    result = {"rss_mb": round(memory.highest - memory.before), "first_block_s": round(first, 1)}
+    print(json.dumps(result | {"tokens_per_s": round(tokens / seconds)}), flush=True)
+    blocks.close()
+
+
 def measured_start(stage: str, recipe_file: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--start", stage, str(recipe_file)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -220,8 +244,14 @@ def map_seconds(data: Path, work: Path) -> tuple[float, int]:
 
 
 def measure(stage: str, megabytes: int, work: Path, lines: list[list[str]]) -> dict[str, Any]:
+    if stage == "streamed":
+        (work / stage).mkdir(exist_ok=True)
+        write_rows(work / stage / "train.jsonl", "pretrain", megabytes, lines)
+        result = {"megabytes": megabytes, **measured_start(stage, work / stage)}
+        print(stage, json.dumps(result), flush=True)
+        return result
     data, recipe_file = work / f"{stage}.jsonl", work / f"{stage}.yaml"
-    result: dict[str, Any] = {"megabytes": megabytes, "rows": write_rows(data, stage, megabytes, lines)}
+    result = {"megabytes": megabytes, "rows": write_rows(data, stage, megabytes, lines)}
     recipe_file.write_text(json.dumps(recipe(stage, work, data)))
     starts = []
     for _ in range(2):
@@ -245,14 +275,15 @@ def measure(stage: str, megabytes: int, work: Path, lines: list[list[str]]) -> d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=[*STAGES, "streamed"])
     parser.add_argument("--megabytes", nargs="+", type=int, default=[10, 100, 1000])
     parser.add_argument("--corpus", type=Path, default=ROOT.parent / "shared" / "data" / "corpora")
     parser.add_argument("--start", nargs=2, metavar=("STAGE", "RECIPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
     if args.start:
-        start(args.start[0], Path(args.start[1]))
+        name, path = args.start
+        stream(Path(path)) if name == "streamed" else start(name, Path(path))
         return 0
     lines = lines_of(args.corpus)
     results = []

@@ -54,7 +54,7 @@ def child(args: argparse.Namespace) -> None:
     from pipeline.data.splits import split_records
     from pipeline.evaluation.reward_model import score_rankings
     from pipeline.models.loading import disable_noise
-    from pipeline.models.reward_model import init_head, load_scalar_model
+    from pipeline.models.reward_model import init_head, load_scalar_model, score_ids
     from pipeline.models.tokenizers import load_tokenizer
     from pipeline.reward import RankingTrainer
 
@@ -110,7 +110,8 @@ def child(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    accuracy = score_rankings(trainer.model.eval(), tokenizer.pad_token_id, test).accuracy()
+    model = trainer.model.eval()
+    accuracy = score_rankings(lambda ids: score_ids(model, ids, tokenizer.pad_token_id), test).accuracy()
     print(
         json.dumps(
             {"comparisons_per_second": pairs / seconds, "seconds": seconds, "pairs": pairs, "steps": trainer.state.global_step,

@@ -43,7 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CAUGHT = re.compile(
     r"^E +(AssertionError|assert |Failed: DID NOT RAISE|Mismatched elements|Scalars are not)", re.MULTILINE
 )
-PYTEST = ("-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=")
+# Where CI is set, pytest explains a failed comparison by a full diff, which takes minutes for long lists.
+PYTEST = ("-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", "--assert=plain")
 LONGEST_TEST = 300.0  # seconds
 
 
@@ -112,9 +113,9 @@ def _(original: Any, self: Any, tokens: Any, remaining: Any) -> None:
 def _(original: Any, seed: int, rows: Any, length: int) -> Any:
     return original(seed, range(len(rows)), length)
 
-@mutation("log-probabilities without the temperature", "pipeline.models.language_model:LanguageModel.logprobs", "tests/models/test_language_model.py::test_response_logprobs_and_their_gradients")
-def _(original: Any, self: Any, hidden: Any, positions: Any, tokens: Any, with_entropy: bool = True) -> Any:
-    return self._chunked(hidden[positions], tokens, 1.0, self.forbidden, with_entropy=with_entropy)
+@mutation("log-probabilities without the temperature", "pipeline.models.language_model:LanguageModel._chunked", "tests/models/test_language_model.py::test_response_logprobs_and_their_gradients")
+def _(original: Any, self: Any, hidden: Any, tokens: Any, temperature: float, forbidden: Any, **rest: Any) -> Any:
+    return original(self, hidden, tokens, 1.0, forbidden, **rest)
 
 @mutation("only EOS ends a response", "pipeline.rollout.engine:generate", DETAILS + "test_responses_end_at_their_first_stop_token")
 def _(original: Any, model: Any, prompt_ids: Any, uniforms: Any, settings: Any) -> Any:
@@ -145,6 +146,14 @@ def _(original: Any, self: Any, batch: Any, positions: Any) -> Any:
 @mutation("the score is read a token too early", REWARD_MODEL + "score_ids", MODELS + "test_scores_are_read_at_the_last_token_whatever_the_batch")
 def _(original: Any, model: Any, sequences: Any, *rest: Any, **options: Any) -> Any:
     return original(model, [ids[:-1] or ids for ids in sequences], *rest, **options)
+
+@mutation("a stream loses the pieces between two windows", "pipeline.data.streaming:_pieces", "tests/data/test_streaming.py::test_a_pass_holds_the_blocks_of_the_cached_path[True]")
+def _(original: Any, *rest: Any) -> list[list[int]]:
+    return []
+
+@mutation("a resumed stream trains on its window's first blocks again", "pipeline.data.streaming:StreamedBlocks.go_to", "tests/data/test_streaming.py::test_a_stream_goes_on_exactly_from_any_block")
+def _(original: Any, self: Any, position: dict[str, Any]) -> None:
+    original(self, {**position, "blocks": position["begin"]["blocks"]})
 
 @mutation("a response that ended elsewhere is read at a token that the reward model never saw", "pipeline.data.encoding:ChatEncoder.finished_ids", TOKENS + "test_a_response_that_ended_anywhere_is_read_where_answers_are_trained_to_end")
 def _(original: Any, self: Any, response_ids: Any, stop_ids: Any) -> Any:

@@ -24,7 +24,7 @@ from pipeline.data.records import PARSERS, read_records
 from pipeline.data.splits import split_records
 from pipeline.evaluation.reward_model import score_rankings
 from pipeline.models.loading import disable_noise
-from pipeline.models.reward_model import init_head, load_scalar_model
+from pipeline.models.reward_model import init_head, load_scalar_model, score_ids
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.reward import RankingTrainer
 
@@ -44,7 +44,7 @@ class Measure(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         model.eval()
-        pairs = score_rankings(model, self.pad_id, self.rows)
+        pairs = score_rankings(lambda ids: score_ids(model, ids, self.pad_id), self.rows)
         model.train()
         losses = np.logaddexp(0.0, -pairs.margin)
         means = np.bincount(pairs.ranking, weights=losses) / np.bincount(pairs.ranking)

@@ -22,6 +22,8 @@ LAYERS = [
     ["planning"],
     ["evaluation"],
     ["labeling"],
+    ["rounds"],
+    ["chat"],
     ["pretrain", "sft", "reward", "ppo"],
     ["commands"],
     ["cli"],

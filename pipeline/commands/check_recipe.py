@@ -20,10 +20,11 @@ from pipeline.config.functions import import_from
 from pipeline.config.reader import load
 from pipeline.config.stages import REWARD_PARENTS, STAGES, SUPPORT, recipe_stages
 from pipeline.data.encoded import encode_documents, encode_examples, encode_prompts
+from pipeline.data.encoded_rankings import tokenize_rankings
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.parallel import map_batches
-from pipeline.data.records import Record, at_row
 from pipeline.data.sources import Source, read_sources
+from pipeline.data.stored_records import StoredText, decode
 from pipeline.errors import UserError
 from pipeline.models.tokenizer_training import train_tokenizer
 from pipeline.models.tokenizers import assign_template, load_tokenizer
@@ -109,6 +110,9 @@ def dataset_rows(name: str, args: Any, checked: Checked) -> list[tuple[str, str,
     """
     if args.parent and not checked.pending(args.parent):
         checked.tokenizer = load_tokenizer(verify_parent(args.parent, SUPPORT[name].parents).path)
+    if name == "pretrain" and args.datasets[0].streaming:  # its tokenizer is the parent's or an existing one
+        checked.tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else checked.tokenizer
+        return [(str(args.datasets[0].name or args.datasets[0].hub), "streamed", "—")]
     sources = read_sources(args.datasets, SUPPORT[name].rows, args.data_root, args.data_cache)
     sources += read_sources(getattr(args, "eval_datasets", []), "prompt", args.data_root, args.data_cache)
     if name == "pretrain" and not args.parent:
@@ -140,15 +144,11 @@ def _lengths(stage: str, source: Source, tokenizer: Any, args: Any) -> list[int]
         return encode_examples(records, encoder, args.loss_on).lengths.tolist()
     if stage == "ppo":
         return encode_prompts(records, encoder).lengths.tolist()
-    batches = map_batches(lambda batch: [_longest(record, encoder) for record in batch], records.in_batches())
-    return [length for batch in batches for length in batch]
 
+    def longest(batch: list[StoredText]) -> list[int]:
+        return [len(prompt) + max(map(len, texts)) for prompt, texts in tokenize_rankings(encoder, decode(batch))]
 
-def _longest(record: Record, encoder: ChatEncoder) -> int:
-    with at_row(record):
-        return len(encoder.prompt_ids(record["prompt"])) + max(
-            len(encoder.response_ids(r)) for r in record["responses"]
-        )
+    return [length for batch in map_batches(longest, records.in_batches()) for length in batch]
 
 
 def _check_lengths(stage: str, source: Source, lengths: list[int], args: Any) -> None:
@@ -187,7 +187,7 @@ def check_stage(name: str, args: Any, config: Path, checked: Checked) -> list[st
     output = StageOutput(Path(args.output_dir), name, dataclasses.asdict(args), config=str(config))
 
     def work() -> None:
-        processes = prepare_process(name, local)
+        processes, _ = prepare_process(name, local)
         set_up_logging(None, 0, quiet=True)
         try:
             body(CheckedRun(name, local, output, None, processes))
@@ -207,7 +207,7 @@ def _with_stand_ins(args: Any, checked: Checked) -> tuple[Any, list[str]]:
         replaced.append(path)
         return str(checked.outputs[os.path.normpath(path)])
 
-    changes: dict[str, Any] = {"parent": here(args.parent)}
+    changes: dict[str, Any] = {key: here(getattr(args, key)) for key in ("parent", "reference") if hasattr(args, key)}
     for key in ("reward", "score"):
         if sources := getattr(args, key, []):
             changes[key] = [dataclasses.replace(source, model=here(source.model)) for source in sources]

@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
 SMALL_PPO: dict[str, Any] = {
     "total_rollouts": 1, "prompts_per_rollout": 4, "minibatches": 2, "ppo_epochs": 1, "eval_rollouts": 1, "eval_prompts": 2,
     "save_steps": 1, "logging_steps": 1, "max_response_tokens": 8, "held_out_fraction": 0.3, "value_warmup_rollouts": 0, "ptx_ratio": 1.0,
-    "keep_checkpoints": 1, "threads": 1,
+    "keep_checkpoints": 1, "threads": 1, "engine": "local",  # a server would need the shrunk model
 }  # fmt: skip
 
 
@@ -103,6 +103,8 @@ def shrunk_recipe(name: str, args: Any, parents: Parents, warnings: list[str]) -
             values[key] = [few_rows(entry, kind, args.data_root, warnings) for entry in getattr(args, key)]
     if args.parent:
         values["parent"] = parents.folder(args.parent, SUPPORT[name].parents, warnings)
+        if values.get("reference"):
+            values["reference"] = parents.folder(args.reference, SUPPORT[name].parents, warnings)
     elif name == "pretrain":
         small = narrow(own_config(args))
         values["model_config"] = {key: getattr(small, key, None) for key in args.model_config}

@@ -23,5 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.training.logs import quiet_libraries
 
     quiet_libraries()
-    export(Path(args.source), Path(args.to), args.dtype)
+    target = Path(args.to)
+    stage = export(Path(args.source), target, args.dtype)
+    size = sum(path.stat().st_size for path in target.rglob("*"))
+    print(f"export: {stage.stage} of {stage.path} in {target}, {args.dtype}, {size / 2**20:,.1f} MiB")
     return 0

@@ -6,11 +6,16 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from pipeline.labeling.live import Models
+    from pipeline.labeling.settings import Settings
+
 _EPILOG = """\
-rlhf label FOLDER                        serve the page of a folder
+rlhf label FOLDER                        serve the page of a folder; with `mode: chat` in its label.yaml, a live chat
 rlhf label users add NAME [--lead]       add a labeler and print their personal link
 rlhf label users link NAME               a new link; the old one stops working
 rlhf label users list
@@ -67,7 +72,18 @@ def _serve(args: argparse.Namespace, folder: Path) -> int:
         raise UserError("command line: --public-url begins with http:// or https://")
     if args.host not in ("127.0.0.1", "::1", "localhost") and url is None:
         print(f"warning: --host {args.host} without TLS: links and labels cross the network as plain text", flush=True)
-    serve(folder, Address(host=args.host, port=args.port, public_url=url), lambda text: print(text, flush=True))
+
+    def load_models(settings: Settings) -> Models:
+        from pipeline.chat.labeled import load_labeled_models
+        from pipeline.commands.chat import writing_stage
+        from pipeline.training.logs import quiet_libraries
+
+        quiet_libraries()
+        print("loading the model …", flush=True)
+        return load_labeled_models(folder, settings, writing_stage)
+
+    address = Address(host=args.host, port=args.port, public_url=url)
+    serve(folder, address, lambda text: print(text, flush=True), load_models)
     return 0
 
 

@@ -107,9 +107,10 @@ def chosen_stages(stages: list[str], args: argparse.Namespace) -> list[str]:
 def stage_flags(recipe: dict[str, Any], moved: dict[str, str], args: argparse.Namespace) -> Flags:
     """Flags that hand a stage what `rlhf run` was given, and parents that the same recipe writes elsewhere."""
     flags: Flags = {}
-    parent = _folder(recipe.get("parent"))
-    if parent in moved and moved[parent] != parent:
-        flags["parent"] = [moved[parent]]
+    for key in ("parent", "reference"):
+        named = _folder(recipe.get(key))
+        if named in moved and moved[named] != named:
+            flags[key] = [moved[named]]
     for key in ("reward", "score"):
         sources = recipe.get(key, [])
         here = [

@@ -6,6 +6,7 @@ samples, prompts or paths of the machine that trained it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ LARGEST_FILE = "5GB"
 PROBE_TOKENS = 32
 
 
-def export(source: Path, target: Path, dtype: str = "fp32") -> None:
-    """Write the shipped part of a finished stage to `target`, which appears when it is whole.
+def export(source: Path, target: Path, dtype: str = "fp32", name: str | None = None) -> Parent:
+    """Write the shipped part of a finished stage to `target`, which appears when it is whole; returns the stage.
+
+    Args:
+        name: of the model in its card; default: the target's.
 
     Raises:
         UserError: nothing finished in `source`, it changed since, or `target` holds something.
@@ -39,25 +43,22 @@ def export(source: Path, target: Path, dtype: str = "fp32") -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to {str(target)!r} is no empty folder; nothing is overwritten, name a new one")
     parent = verify_parent(str(folder), tuple(STAGES))
-    lineage = read_lineage(folder)
-    assert lineage is not None
     temporary = target.with_name(target.name + ".tmp")
     remove(temporary)
     try:
         temporary.mkdir(parents=True)
-        _write(parent, lineage, temporary, target, dtype)
+        _write(parent, temporary, name or target.name, dtype)
         if target.exists():
             target.rmdir()
         temporary.rename(target)
     except BaseException:
         remove(temporary)
         raise
-    size = sum(path.stat().st_size for path in target.rglob("*"))
-    print(f"export: {parent.stage} of {folder} in {target}, {dtype}, {size / 2**20:,.1f} MiB")
+    return parent
 
 
-def finished_stage(source: Path) -> Path:
-    """The folder of the stage to export.
+def finished_stage(source: Path, order: Sequence[str] = ORDER) -> Path:
+    """The folder of a finished stage: `source` itself, or of a run the first of `order` that is finished.
 
     Raises:
         UserError: there is none.
@@ -66,13 +67,15 @@ def finished_stage(source: Path) -> Path:
         raise UserError(f"{str(source)!r} is no folder; name a run's or a stage's")
     if (source / LINEAGE).exists():
         return source
-    finished = [source / stage for stage in ORDER if (source / stage / LINEAGE).exists()]
+    finished = [source / stage for stage in order if (source / stage / LINEAGE).exists()]
     if not finished:
-        raise UserError(f"{str(source)!r} holds no finished stage: no {LINEAGE} in it or in {', '.join(ORDER)}")
+        raise UserError(f"{str(source)!r} holds no finished stage: no {LINEAGE} in it or in {', '.join(order)}")
     return finished[0]
 
 
-def _write(parent: Parent, lineage: dict[str, Any], folder: Path, target: Path, dtype: str) -> None:
+def _write(parent: Parent, folder: Path, name: str, dtype: str) -> None:
+    lineage = read_lineage(Path(parent.path))
+    assert lineage is not None
     tokenizer = load_tokenizer(parent.path)
     parent.check_tokenizer(tokenizer)
     if parent.stage == "reward":
@@ -93,7 +96,7 @@ def _write(parent: Parent, lineage: dict[str, Any], folder: Path, target: Path, 
         parents=lineage["parents"],
         datasets=lineage["datasets"],
         metrics=lineage["metrics"],
-        name=target.name,
+        name=name,
         note=f"Weights are {dtype}.",
     )
     share_file_modes(folder, like=folder / "README.md")

@@ -11,6 +11,7 @@ from pipeline.data.entries import DatasetEntry
 from pipeline.errors import UserError
 from pipeline.models.shrink import narrow
 from pipeline.training.lineage import verify_parent
+from pipeline.training.parent_names import is_hub_id, missing_parent
 from pipeline.training.stage import ROOT
 
 VOCABULARY = 512
@@ -66,6 +67,8 @@ class Parents:
         """
         if os.path.normpath(path) in self.outputs:
             return str(self.outputs[os.path.normpath(path)])
+        if not Path(path).exists() and not is_hub_id(path):
+            raise UserError(missing_parent(path))
         self.made += 1
         target = self.scratch / f"parent-{self.made}"
         config = self._config(path, target, warnings)
@@ -83,9 +86,9 @@ class Parents:
         try:
             config = transformers.AutoConfig.from_pretrained(path)
         except CONFIG_ERRORS as error:
-            if Path(path).exists() or path.startswith((".", "/", "runs/")):
+            if Path(path).exists():
                 raise UserError(
-                    f"parent {path!r}: {one_line(error)}; run the stage that writes it, or correct the path"
+                    f"parent {path!r}: {one_line(error)}; correct the folder, or run its stage again"
                 ) from error
             warnings.append(
                 f"{path} cannot be reached, so its class and tokenizer were not tried; a small Llama stood in"

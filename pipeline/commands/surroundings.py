@@ -10,6 +10,7 @@ from pipeline.commands.stand_ins import own_config
 from pipeline.config.stages import check_sharding
 from pipeline.errors import UserError
 from pipeline.models.loading import CONFIG_ERRORS
+from pipeline.models.sharding import check_fsdp_version
 from pipeline.planning.parameters import parameters
 from pipeline.training.launcher import accelerate_config
 from pipeline.training.trackers import installed, wandb_login
@@ -18,8 +19,15 @@ ADAM_BYTES = 12  # of each parameter in a checkpoint: fp32 weight and both momen
 
 
 def sharding_of(accelerate: str | None) -> str | None:
-    """FSDP or DEEPSPEED where an accelerate config file says so."""
-    kind = accelerate_config(accelerate).get("distributed_type") if accelerate else None
+    """FSDP or DEEPSPEED where an accelerate config file says so.
+
+    Raises:
+        UserError: it asks for FSDP1.
+    """
+    config = accelerate_config(accelerate) if accelerate else {}
+    kind = config.get("distributed_type")
+    if kind == "FSDP":
+        check_fsdp_version((config.get("fsdp_config") or {}).get("fsdp_version", 1))
     return kind if kind in ("FSDP", "DEEPSPEED") else None
 
 
@@ -38,6 +46,10 @@ def check_surroundings(name: str, args: Any, sharding: str | None) -> list[str]:
         if wanted and not installed(package):
             raise UserError(f"{name}: {package} is not installed; pip install {package}, or drop what asks for it")
     warnings = _disk(name, args)
+    if getattr(args, "engine", "local") == "vllm":
+        warnings.append(
+            f"engine: vllm: the server at {args.engine_url} is not asked here; the stage asks it at its start"
+        )
     if "wandb" in args.trackers and not wandb_login():
         warnings.append("wandb has no log-in here and will write offline; run `wandb login` or set WANDB_API_KEY")
     return warnings

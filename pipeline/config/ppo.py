@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pipeline.config.keys import key
 from pipeline.config.rewards import RewardSource
@@ -12,6 +13,7 @@ from pipeline.config.trainer import LoraOptions
 from pipeline.data.entries import DatasetEntry
 
 Schedule = Literal["linear", "constant", "cosine"]
+MAX_SERVER_TEMPERATURE = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,12 @@ class PPOArguments(StageArguments):
     """PPO from the SFT policy against a score, with a per-token KL penalty (InstructGPT, section 3.5; Ziegler et al. 2019)."""
 
     # Not a TrainingArguments: PPO's own loop would ignore most of those fields.
-    parent: str = key("", "folder or Hub id of the SFT model: policy and reference", group="Networks", path=True)
+    parent: str = key("", "folder or Hub id of the model that the policy starts from", group="Networks", path=True)
+    reference: str | None = key(
+        None,
+        "model that the KL penalty keeps the policy near; default: the parent (a later round may name SFT)",
+        path=True,
+    )
     chat_template: str | None = key(
         None, "chat template: a file, its text, `chatml` or `plain`; default: the parent's, which must have one"
     )
@@ -31,6 +38,11 @@ class PPOArguments(StageArguments):
     )
     lora: LoraOptions | None = key(None, "size of the adapters, for roles: adapters")
     quantization: Literal["4bit", "8bit"] | None = key(None, "the frozen base of roles: adapters in 4 or 8 bit")
+    offload: Literal["none", "frozen", "all"] = key(
+        "none",
+        "what lies in the CPU's memory while nothing needs it; frozen: reference and reward models, outside of measuring and "
+        "scoring; all: Adam's moments too, outside of the update",
+    )
     value_init: Literal["reward", "policy"] | None = key(
         None,
         "value network from the reward model (Stiennon et al. 2020) or the policy's weights with a zero head (Ziegler "
@@ -68,6 +80,18 @@ class PPOArguments(StageArguments):
     )
     stop_tokens: list[str] = key([], "further tokens that end a response, beside EOS")
     generation_rows: int = key(64, "responses sampled together in one process", 1, 1e6)
+    engine: Literal["local", "vllm"] = key(
+        "local", "who samples the policy's responses: this process, or a vLLM server that holds its weights"
+    )
+    engine_url: str | None = key(None, "engine: vllm: the server's address, e.g. http://localhost:8000")
+    engine_weights: str | None = key(
+        None,
+        "engine: vllm: folder that the server reads the policy's weights from, under this very path; default: engine/ in output_dir",
+        path=True,
+    )
+    engine_wait: float = key(
+        600.0, "engine: vllm: seconds to wait for a server that fails in between; then the run ends", 0, 1e6
+    )
 
     kl_coef: float = key(
         0.05,
@@ -106,6 +130,9 @@ class PPOArguments(StageArguments):
     )
     value_warmup_rollouts: int = key(0, "first rollouts that train the value network alone", 0, 1e9)
     micro_batch_tokens: int = key(4096, "tokens in one forward pass with gradients, of one process", 1, 1e9)
+    gradient_checkpointing: bool = key(
+        False, "recompute the policy's and the value network's activations in the backward pass"
+    )
 
     learning_rate: float = key(1e-5, "policy's peak learning rate", 0, 10, group="Optimization")
     value_learning_rate: float | None = key(None, "value network's; default: learning_rate", 0, 10)
@@ -158,6 +185,10 @@ class PPOArguments(StageArguments):
             raise ValueError("parent is missing; name the SFT model's folder or Hub id")
         if not self.reward:
             raise ValueError("reward is missing; give a reward model's folder or a `function: module:name`")
+        if self.reference and self.roles == "adapters":
+            raise ValueError(
+                "reference: with `roles: adapters` the reference is the base; drop it, or choose other roles"
+            )
         if self.prompts_per_rollout % self.minibatches:
             raise ValueError(
                 f"minibatches ({self.minibatches}) must divide prompts_per_rollout ({self.prompts_per_rollout})"
@@ -165,6 +196,7 @@ class PPOArguments(StageArguments):
         if bool(self.ptx_coef) != bool(self.ptx_datasets):
             raise ValueError("ptx_coef and ptx_datasets go together: a factor above 0 and documents to train on")
         self._check_networks()
+        self._check_engine()
         self._check_evaluation()
 
     def _check_networks(self) -> None:
@@ -186,6 +218,22 @@ class PPOArguments(StageArguments):
             )
         if self.value_warmup_rollouts >= self.total_rollouts:
             raise ValueError("value_warmup_rollouts leaves no rollout for the policy; raise total_rollouts")
+
+    def _check_engine(self) -> None:
+        if self.engine == "local":
+            return
+        if self.engine_url is None:
+            raise ValueError("engine: vllm needs the server's address, e.g. engine_url: http://localhost:8000")
+        address = urlsplit(self.engine_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(f"engine_url: {self.engine_url!r} is no address; write http://HOST:PORT")
+        if address.username or address.password or address.query:
+            raise ValueError("engine_url: no keys in an address, it is written into the run's lineage")
+        if self.temperature > MAX_SERVER_TEMPERATURE:
+            raise ValueError(
+                f"engine: vllm forbids tokens by a bias of -100 on their logits, which a temperature of {self.temperature:g} "
+                f"weakens; take at most {MAX_SERVER_TEMPERATURE:g}, or `engine: local`"
+            )
 
     def _check_evaluation(self) -> None:
         if (self.best_metric or self.stop_kl is not None) and self.eval_rollouts is None:

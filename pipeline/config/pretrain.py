@@ -29,6 +29,9 @@ class PretrainArguments(TrainerArguments):
     train_tokenizer: TokenizerOptions | None = key(None, "train a byte-level BPE on the corpora")
     block_tokens: int = key(256, "tokens in one packed block; documents are kept apart inside it", 8, 1e7)
     router_aux_loss: float = key(0.0, "weight of the load-balancing loss of a mixture of experts", 0, 10)
+    held_out_documents: int = key(
+        256, "documents of a streamed dataset to evaluate: the first that are held out", 1, 1e7
+    )
     learning_rate: float = key(1e-3, "peak learning rate", 0, 10)
     epochs: float = key(1.0, "passes over the mixture", 1e-6, 1e5)
 
@@ -39,4 +42,22 @@ class PretrainArguments(TrainerArguments):
         if self.parent is not None and (self.train_tokenizer is not None or self.tokenizer is not None):
             raise ValueError(
                 "a continued checkpoint keeps its tokenizer; drop `tokenizer:`/`train_tokenizer:` or `parent:`"
+            )
+        if any(entry.streaming for entry in self.datasets):
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        if len(self.datasets) > 1:
+            raise ValueError("datasets: a streamed dataset is not mixed with others; name it alone")
+        if self.datasets[0].hub is None:
+            raise ValueError("datasets: `streaming: true` reads a `hub:` dataset; drop it, files are read without it")
+        if self.max_steps is None:
+            raise ValueError("datasets: a streamed dataset has no known length; say `max_steps:`")
+        if self.train_tokenizer is not None:
+            raise ValueError("train_tokenizer: not trained on a streamed dataset; name one as `tokenizer:`")
+        if not self.held_out_fraction:
+            raise ValueError("held_out_fraction: 0 leaves no document of a streamed dataset to evaluate; raise it")
+        if (self.trainer_options or {}).get("dataloader_num_workers"):
+            raise ValueError(
+                "trainer_options: a streamed dataset is read in one process; drop `dataloader_num_workers`"
             )

@@ -32,6 +32,7 @@ MAX_DEPTH = 30
 TAG = "tag:yaml.org,2002:"
 NUMBERS = ("int", "float", "timestamp")  # plain YAML of these kinds is text where text is wanted
 KIND_NAMES = {"int": "a whole number", "float": "a number", "timestamp": "a date"}
+NOT_DECIMAL = re.compile(r"[-+]?(0[0-7_]+|.*:.*)")  # of YAML 1.1's numbers: 010 is 8, and 1:30 is 90
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 ACCESS_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,})")
 
@@ -71,7 +72,7 @@ def split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return path, others
 
 
-def read_recipe(path: Path, stage: type[StageArguments]) -> dict[str, Any]:
+def read_recipe(path: Path, stage: type[Any]) -> dict[str, Any]:
     """A recipe's top-level values, checked and built into the stage's types."""
     node = _compose(_read(path), path)
     if node is None:
@@ -87,10 +88,17 @@ def _read(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"is larger than {MAX_BYTES:,} bytes; it is no recipe", file=path)
-        return path.read_text(encoding="utf-8-sig")
+        raw = path.read_bytes()
+        if b"\0" in raw:
+            raise UserError("cannot be read: it is UTF-16 or holds NUL bytes; save the recipe as UTF-8", file=path)
+        return raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError("no such recipe; see recipes/ for examples", file=path) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"cannot be read: not UTF-8 (byte {error.start + 1}); save the recipe as UTF-8", file=path
+        ) from error
+    except OSError as error:
         raise UserError(f"cannot be read: {error}", file=path) from error
 
 
@@ -225,7 +233,7 @@ class _Reader:
     def field(self, node: yaml.Node, field: dataclasses.Field[Any], hint: Any) -> Any:
         """The value of one key, in its range."""
         value = self.value(node, hint, field.name)
-        for part in value.values() if isinstance(value, dict) else [value]:
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             self.check_range(node, field, part)
         if field.metadata.get("path") and isinstance(value, str):
             return self.expanded(node, value, field.name)
@@ -295,6 +303,8 @@ class _Reader:
             return self.dictionary(node, Any, name)
         if isinstance(node, yaml.SequenceNode) and node.tag == TAG + "seq":
             return self.sequence(node, Any, name)
+        if node.tag == TAG + "timestamp":
+            return self.text(node, name)
         value = self.constructed(node, name, "a plain value")
         if isinstance(value, float) and value != value:
             self.fail(node, f"{name}: NaN is not a number to train with")
@@ -316,6 +326,10 @@ class _Reader:
     def text(self, node: yaml.Node, name: str) -> str:
         if isinstance(node, yaml.ScalarNode) and node.tag.removeprefix(TAG) in (*NUMBERS, "str"):
             value = str(node.value)
+        elif isinstance(node, yaml.ScalarNode) and node.tag == TAG + "bool":
+            self.fail(
+                node, f"{name}: expected text, but YAML reads {node.value} as true or false; write '{node.value}'"
+            )
         else:
             self.fail(node, f"{name}: expected text, got {shorten(self.constructed(node, name, 'text'))}")
         if "\0" in value or any(0xD800 <= ord(character) < 0xE000 for character in value):
@@ -334,6 +348,10 @@ class _Reader:
             self.fail(node, f"{name}: the tag {shorten(node.tag.removeprefix(TAG))} is not read; write a plain value")
         kind = node.tag.removeprefix(TAG)
         try:
-            return yaml.SafeLoader("").construct_object(node)
+            value = yaml.SafeLoader("").construct_object(node)
+            if type(value) in (int, float) and NOT_DECIMAL.fullmatch(node.value):
+                base = "base 60" if ":" in node.value else "octal"
+                self.fail(node, f"{name}: YAML reads {node.value} as {value} ({base}); write the number out")
+            return value
         except (ValueError, OverflowError, KeyError, yaml.YAMLError):
             self.fail(node, f"{name}: {shorten(node.value)} cannot be read as {KIND_NAMES.get(kind, kind)}")

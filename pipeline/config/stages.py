@@ -19,45 +19,57 @@ STAGES: dict[str, type[StageArguments]] = {
     "reward": RewardArguments,
     "ppo": PPOArguments,
 }
-SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}  # and accelerate's variable for each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Support:
-    """The rows, parents and sharding that a stage supports."""
+    """The rows and parents that a stage supports, and whether it runs under DeepSpeed. Under FSDP2 every stage does."""
 
     rows: str  # kind of its records, a key of `data.records.PARSERS`
     parents: tuple[str, ...]  # stages whose output it starts from
-    sharding: tuple[str, ...] = ()  # of SHARDED
-    sharding_with_lora: tuple[str, ...] = ()
+    deepspeed: bool = False  # without `lora:`
 
 
 SUPPORT = {
-    "pretrain": Support(rows="document", parents=("pretrain", "sft", "ppo"), sharding=("FSDP", "DEEPSPEED")),
-    "sft": Support(rows="demonstration", parents=("pretrain", "sft", "ppo"), sharding=("FSDP", "DEEPSPEED")),
+    "pretrain": Support(rows="document", parents=("pretrain", "sft", "ppo"), deepspeed=True),
+    "sft": Support(rows="demonstration", parents=("pretrain", "sft", "ppo"), deepspeed=True),
     "reward": Support(rows="ranking", parents=("pretrain", "sft", "reward", "ppo")),
     "ppo": Support(rows="prompt", parents=("sft", "ppo")),
 }
 # Further datasets that a stage may name, and the kind of their rows.
 FURTHER_ROWS = {"center_on": "demonstration", "eval_datasets": "prompt", "ptx_datasets": "document"}
 REWARD_PARENTS = ("reward",)  # stages whose output scores responses
+ANSWERING = ("pretrain", "sft", "ppo")  # stages whose output answers prompts
 
 
 def check_sharding(stage: str, arguments: Any, sharding: str | None) -> None:
-    """Refuse a stage that does not run under FSDP or DeepSpeed.
+    """Refuse a stage, or a key of it, that does not run sharded.
 
     Args:
-        sharding: a name in SHARDED, or None where whole models fit into every process.
+        sharding: "FSDP", "DEEPSPEED", or None where whole models fit into every process.
 
     Raises:
-        UserError: the stage, or the stage with `lora:`, needs whole models.
+        UserError: the stage, the stage with `lora:`, or one of its keys does not run under it.
     """
-    with_lora = getattr(arguments, "lora", None) is not None
-    support = SUPPORT[stage]
-    if sharding is None or sharding in (support.sharding_with_lora if with_lora else support.sharding):
+    if sharding == "FSDP":
+        _check_keys_under_fsdp2(arguments)
+    if sharding != "DEEPSPEED":
         return
-    what = f"{stage} with lora" if with_lora and sharding in support.sharding else stage
-    raise UserError(f"{what} does not work under {sharding} yet; use one process or DDP (recipes/accelerate/ddp.yaml)")
+    with_lora = getattr(arguments, "lora", None) is not None
+    if SUPPORT[stage].deepspeed and not with_lora:
+        return
+    what = f"{stage} with lora" if SUPPORT[stage].deepspeed else stage
+    raise UserError(f"{what} does not run under DeepSpeed; use FSDP2 (recipes/accelerate/fsdp2.yaml)")
+
+
+def _check_keys_under_fsdp2(arguments: Any) -> None:
+    if getattr(arguments, "quantization", None):
+        raise UserError("quantization does not work under FSDP2; drop it, or use recipes/accelerate/ddp.yaml")
+    if getattr(arguments, "optimizer", None) == "adamw_8bit":
+        raise UserError(
+            "optimizer: adamw_8bit does not work under FSDP2, which shares AdamW's states over the processes; drop it, "
+            "or use recipes/accelerate/ddp.yaml"
+        )
 
 
 def recipe_stages(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ ends an answer. A template that changes contents or loses messages is refused.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import logging
@@ -61,8 +62,8 @@ STRIPS: tuple[Callable[[str], str], ...] = (
     lambda text: text.lstrip("\n"),
     lambda text: text.rstrip("\n"),
 )
-# Contents that a template which escapes, folds case or looks inside would change.
-PROBE = "aBc <b>&'\"é ß Ü ﬁ</b> {{ x }} 10%\n\n  two"
+# Contents that a template which escapes, folds case, cuts or looks inside would change.
+PROBE = "aBc <b>&'\"é ß Ü ﬁ</b> {{ x }} 10%\n\n  two" + " three" * 2000
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -83,6 +84,11 @@ def freeze_date(template: str, date: datetime.date) -> str:
 FROZEN = "{% macro strftime_now(format) -%}"
 
 
+def _marks(count: int) -> list[str]:
+    """Contents that no template writes itself, each another."""
+    return [f"\ue000{index}\ue001" for index in range(count)]
+
+
 class TemplateRefusal(UserError):
     """The chat template cannot hold these messages; whoever knows the row adds its file and line."""
 
@@ -95,6 +101,8 @@ class ChatTemplate:
         answer_prefix: white space that the template writes between the header and an answer; the model writes it.
         history_header: what stands before an earlier answer.
         answer_tail: what follows the last answer.
+        merges_system: there is no system role; its text is put before the first user turn.
+        system_separator: what follows the system text where the template writes it before the last user turn, else None.
 
     Raises:
         UserError: no template, or one that loses, reorders or changes messages.
@@ -116,8 +124,11 @@ class ChatTemplate:
         self.answer_prefix = rest if self.history_header.startswith(self.header) and not rest.strip() else ""
         self._check_headers()
         self.merges_system = self._lacks_system_role()
-        self._said_merge = False
+        self.system_separator = None if self.merges_system else self._separator_before_last_turn()
+        self._said: set[str] = set()
         self.strips = self._find_strips()
+        quoted = re.findall(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", str(tokenizer.chat_template))
+        self.literals = {text.replace("\\n", "\n") for pair in quoted for text in pair if len(text.strip()) > 2}
 
     # ------------------------------------------------------------------------------------------ rendering
 
@@ -131,16 +142,56 @@ class ChatTemplate:
                 )
             system = adapted.pop(0)
             adapted[0]["content"] = system["content"] + "\n\n" + adapted[0]["content"]
-            if not self._said_merge:
-                self._said_merge = True
-                logger.warning(
-                    "the chat template of %r has no system role; system messages are put before the first user turn%s",
-                    self.name,
-                    f" (first in {row})" if (row := current_row.get()) else "",
+            self._say_once("has no system role; system messages are put before the first user turn")
+        elif self.system_separator is not None and adapted and adapted[0]["role"] == "system":
+            system = adapted.pop(0)
+            turn = next((m for m in reversed(adapted) if m["role"] == "user"), None)
+            if turn is None:
+                raise TemplateRefusal(
+                    f"the chat template of {self.name!r} writes system text before the last user turn; there is none"
                 )
+            turn["content"] = system["content"] + self.system_separator + turn["content"]
         for message in adapted:
             message["content"] = self.strip(message["role"], message["content"])
-        return adapted
+        return self._as_written(adapted)
+
+    def rewrites_answers(self, messages: Sequence[Message]) -> bool:
+        """Whether the template writes an earlier answer otherwise than it was given: a thought is left out."""
+        given = [self.strip("assistant", m["content"]) for m in messages[:-1] if m["role"] == "assistant"]
+        if not given:
+            return False
+        return given != [m["content"] for m in self.adapt(messages[:-1]) if m["role"] == "assistant"]
+
+    def _as_written(self, messages: list[Message]) -> list[Message]:
+        """Contents as the template writes them where they hold a text that it may look for (`</think>`)."""
+        roles = tuple(m["role"] for m in messages)
+        for index, message in enumerate(messages):
+            held = [text for text in self.literals if text in message["content"]]
+            if not held:
+                continue
+            pieces = self.pieces(roles, True)
+            marks = _marks(len(roles))
+            parts = [part for pair in zip(pieces, marks, strict=False) for part in pair]
+            before, after = "".join(parts[: 2 * index + 1]), "".join([*parts[2 * index + 2 :], pieces[-1]])
+            shown = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+            shown[index] = message
+            text = self._render(shown, True)
+            written = text[len(before) : len(text) - len(after)]
+            if text != before + written + after or not written.strip():
+                raise TemplateRefusal(
+                    f"the chat template of {self.name!r} writes other text around a {message['role']} message that "
+                    f"holds {shorten(max(held, key=len))}; leave such messages out, or give another template"
+                )
+            if written != message["content"]:
+                self._say_once(f"rewrites {message['role']} messages that hold text such as {max(held, key=len)!r}")
+                messages[index] = {**message, "content": written}
+        return messages
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            row = f" (first in {current_row.get()})" if current_row.get() else ""
+            logger.warning("the chat template of %r %s%s", self.name, what, row)
 
     def strip(self, role: str, content: str) -> str:
         """A content as the template would write it."""
@@ -149,7 +200,7 @@ class ChatTemplate:
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a template lives as long as its stage
     def pieces(self, roles: tuple[str, ...], generation: bool) -> tuple[str, ...]:
         """The template's own text before, between and after the contents of messages of these roles."""
-        marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
+        marks = _marks(len(roles))
         rest = self._render([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)], generation)
         pieces = []
         for mark in marks:
@@ -210,6 +261,31 @@ class ChatTemplate:
                 f"the chat template of {self.name!r} writes {other!r} before an answer but prompts with {one!r}; "
                 "training and sampling would differ, give another template"
             )
+        rest = other.removeprefix(one)
+        if rest.strip() and other.startswith(one) and self.pieces(("user",), True) == self.pieces(("user",), False):
+            raise UserError(
+                f"the chat template of {self.name!r} ignores add_generation_prompt but writes {rest!r} before an answer; "
+                "no prompt would end so: write it where add_generation_prompt is true, and give that as `chat_template`"
+            )
+
+    def _separator_before_last_turn(self) -> str | None:
+        """What the template writes between system text and the last user turn, where it moves the one to the other."""
+        roles = ("system", "user", "assistant", "user")
+        try:
+            self.pieces(roles, generation=True)
+        except TemplateRefusal:
+            pass
+        else:
+            return None
+        try:
+            separator = self.pieces(("system", "user"), True)[1]
+            system, *others = [{"role": r, "content": c} for r, c in zip(roles, _marks(4), strict=True)]
+            moved = self._render([system, *others], True)
+            others[-1]["content"] = system["content"] + separator + others[-1]["content"]
+            merged = self._render(others, True)
+        except TemplateRefusal:
+            return None
+        return separator if moved == merged and not separator.strip() else None
 
     def _lacks_system_role(self) -> bool:
         try:
@@ -220,14 +296,14 @@ class ChatTemplate:
 
     def _find_strips(self) -> dict[str, Callable[[str], str]]:
         """How each role's contents are stripped; refuses a template that changes anything else of them."""
-        roles: tuple[str, ...] = ("user", "assistant", "user")
-        try:
-            self.pieces(roles, generation=True)
-        except TemplateRefusal:
-            roles = ("user",)
-        if not self.merges_system:
-            roles = ("system", *roles)
-        return {role: self._strip_of(roles, roles.index(role)) for role in dict.fromkeys(roles)}
+        strips = {}
+        if not self.merges_system and self.system_separator is None:
+            strips["system"] = self._strip_of(("system", "user"), 0)
+        for roles in (("user", "assistant", "user"), ("user",)):
+            with contextlib.suppress(TemplateRefusal):
+                self.pieces(roles, generation=True)
+                break
+        return strips | {role: self._strip_of(roles, roles.index(role)) for role in dict.fromkeys(roles)}
 
     def _strip_of(self, roles: tuple[str, ...], position: int) -> Callable[[str], str]:
         pieces = self.pieces(roles, generation=True)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 
-def right_pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """(rows, longest) int64; shorter rows end in `value`."""
-    padded = np.full((len(rows), max(len(row) for row in rows)), value, np.int64)
+def right_pad(rows: Sequence[Sequence[int]], value: int, width: int = 0) -> Tensor:
+    """(rows, longest, or `width` where that is more) int64; shorter rows end in `value`."""
+    padded = np.full((len(rows), max(width, *(len(row) for row in rows))), value, np.int64)
     for line, row in zip(padded, rows, strict=True):
         line[: len(row)] = row
     return torch.from_numpy(padded)
@@ -31,17 +31,19 @@ class BlockCollator:
 
     Args:
         position_ids: False where each row holds one document.
+        width: tokens to pad to at least.
     """
 
     pad_id: int
     position_ids: bool = True
+    width: int = 0
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        input_ids = right_pad([row["input_ids"] for row in rows], self.pad_id)
-        labels = right_pad([row["labels"] for row in rows], IGNORE)
+        input_ids = right_pad([row["input_ids"] for row in rows], self.pad_id, self.width)
+        labels = right_pad([row["labels"] for row in rows], IGNORE, self.width)
         longest = input_ids.shape[1]
         if not self.position_ids:  # TRL's SFTTrainer (1.16) refuses a batch with neither positions nor a mask
-            mask = right_pad([[1] * len(row["input_ids"]) for row in rows], 0)
+            mask = right_pad([[1] * len(row["input_ids"]) for row in rows], 0, self.width)
             return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         positions = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
         return {"input_ids": input_ids, "position_ids": torch.tensor(positions), "labels": labels}

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import re
 from collections.abc import Callable, Sequence
 
 from pipeline.data.chat_template import ChatTemplate, TemplateRefusal
+from pipeline.data.records import current_row
+from pipeline.errors import shorten
 
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 MARKUP = re.compile(r"<[|｜].*[|｜]>|</?(?P<name>[A-Za-z_]\w*)>", re.DOTALL)
 # Gemma's tokenizer and others hold HTML as ordinary text.
 HTML = re.compile(
@@ -68,6 +73,49 @@ def opened_markup_ids(template: ChatTemplate) -> set[int]:
     return {vocabulary[name] for name in closing if name in vocabulary}
 
 
+class TokenizedParts:
+    """Parts whose joined text is tokenised as one.
+
+    A control token inside or across contents is encoded as the text that it is, when ids or spans are first asked for.
+
+    Args:
+        encoding: of the joined text; None where the tokenizer gives no offsets.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, parts: Sequence[Part], encoding: Encoding | None = None):
+        self.tokenizer, self.parts, self.encoding = tokenizer, parts, encoding
+
+    @functools.cached_property
+    def ids(self) -> list[int]:
+        ids = self.tokenizer.plain_content_ids(self.parts, self.encoding) if self.encoding is not None else None
+        return self._placed[0] if ids is None else ids
+
+    @property
+    def places(self) -> list[Span]:
+        """Where in the joined text each part stands."""
+        ends = list(itertools.accumulate(len(text) for text, _ in self.parts))
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    @functools.cached_property
+    def _placed(self) -> Placed:
+        contents = [(s, e) for (s, e), (_, content) in zip(self.places, self.parts, strict=True) if content and e > s]
+        return self.tokenizer.correct("".join(text for text, _ in self.parts), contents, self.encoding)
+
+    def spans(self) -> list[Span]:
+        """For each part, (first, last + 1) of the ids that touch it."""
+        ids, offsets = self._placed
+        spans = []
+        position = 0
+        for start, end in self.places:
+            while position < len(ids) and offsets[position][1] <= start and offsets[position] != (start, start):
+                position += 1
+            first = last = position
+            while last < len(ids) and offsets[last][0] < end:
+                last += 1
+            spans.append((first, last))
+        return spans
+
+
 class TextTokenizer:
     """A tokenizer that can tell the template's text from contents.
 
@@ -79,6 +127,7 @@ class TextTokenizer:
         self.tokenizer = tokenizer
         self.control = control_token_ids(tokenizer)
         self.anchor = self._ids("\n")
+        self._said_text = False
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -90,29 +139,21 @@ class TextTokenizer:
 
     # ------------------------------------------------------------------------------------------ encoding
 
+    def tokenize(self, rows: Sequence[Sequence[Part]]) -> list[TokenizedParts]:
+        """The parts of many rows, each row's joined text tokenised as one, in one call of the tokenizer."""
+        if not self.tokenizer.is_fast or not rows:  # no offsets: contents and the text around them are tokenised apart
+            return [TokenizedParts(self, parts) for parts in rows]
+        texts = ["".join(text for text, _ in parts) for parts in rows]
+        encodings = self._tokenized(texts)
+        return [TokenizedParts(self, parts, encoding) for parts, encoding in zip(rows, encodings, strict=True)]
+
     def encode(self, parts: Sequence[Part]) -> tuple[list[int], list[Span]]:
         """Ids of the parts' joined text, tokenised as one; for each part, (first, last + 1) of the ids that touch it.
 
         A control token inside or across contents is encoded as the text that it is.
         """
-        ends = []
-        length = 0
-        for text, _ in parts:
-            length += len(text)
-            ends.append(length)
-        starts = [0, *ends[:-1]]
-        contents = [(s, e) for s, e, (_, content) in zip(starts, ends, parts, strict=True) if content and e > s]
-        ids, offsets = self._encode("".join(text for text, _ in parts), contents)
-        spans = []
-        position = 0
-        for start, end in zip(starts, ends, strict=True):
-            while position < len(ids) and offsets[position][1] <= start and offsets[position] != (start, start):
-                position += 1
-            first = last = position
-            while last < len(ids) and offsets[last][0] < end:
-                last += 1
-            spans.append((first, last))
-        return ids, spans
+        tokenized = self.tokenize([parts])[0]
+        return tokenized.ids, tokenized.spans()
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, none of them a control token."""
@@ -132,33 +173,66 @@ class TextTokenizer:
         backend.encode_special_tokens = True  # each call of the tokenizer sets it anew
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def continuation(self, context: str, text: str) -> list[int]:
-        """Ids of a content as they follow `context`, which keeps its own ids."""
+    def continuation(self, tokenized: TokenizedParts) -> list[int]:
+        """Ids of a content as they follow its context, which keeps its own ids.
+
+        Args:
+            tokenized: of two parts, the context and the content.
+        """
+        (context, _), (text, _) = tokenized.parts
         for before in (context, "\n"):
             if not before or not text:
                 continue
             head = self._context_ids(before)
-            ids, _ = self._encode(before + text, [(len(before), len(before) + len(text))])
+            ids = tokenized.ids if before == context else self.encode([(before, False), (text, True)])[0]
             if ids[: len(head)] == head:
                 return ids[len(head) :]
         return self.encode([(text, True)])[0]
 
-    # ------------------------------------------------------------------------------------------ inside
+    def plain_content_ids(self, parts: Sequence[Part], encoding: Encoding) -> list[int] | None:
+        """Ids of a content between two texts of the template, or behind one, where it is seen without the tokens' places
+        that no control token touches it: the template's texts have their own ids, and what is between them is plain."""
+        if len(parts) not in (2, 3) or [content for _, content in parts] != [False, True, False][: len(parts)]:
+            return None
+        head, tail = self._context_ids(parts[0][0]), self._context_ids(parts[2][0]) if len(parts) == 3 else []
+        ids = encoding.ids
+        end = len(ids) - len(tail)
+        own = len(head) <= end and ids[: len(head)] == head and ids[end:] == tail
+        return ids if own and self.control.isdisjoint(ids[len(head) : end]) else None
 
-    def _encode(self, text: str, contents: list[Span]) -> Placed:
-        """Ids and their places in the text."""
-        if not self.tokenizer.is_fast:  # no offsets: contents and the text around them are tokenised apart
+    def correct(self, text: str, contents: list[Span], encoding: Encoding | None) -> Placed:
+        """Ids and their places in a text, whose contents hold no control token.
+
+        Args:
+            encoding: the text's; None where the tokenizer gives no offsets.
+        """
+        if encoding is None:
             return self._cut(text, contents, contents)
-        ids, offsets = self._placed(text)
+        ids, offsets = encoding.ids, encoding.offsets
         control = [i for i, token in enumerate(ids) if token in self.control]
         for i in control:
             offsets[i] = _core(text, offsets[i])
         marked = [offsets[i] for i in control if _touches(offsets[i], contents)]
-        return self._cut(text, marked, marked) if marked else (ids, offsets)
+        if not marked:
+            return ids, offsets
+        if not self._said_text:
+            self._said_text = True
+            row = f" (first in {current_row.get()})" if current_row.get() else ""
+            logger.warning(
+                "text that looks like a control token stays text in data: %s%s", shorten(text[slice(*marked[0])]), row
+            )
+        return self._cut(text, marked, marked)
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _tokenized(self, texts: list[str]) -> list[Encoding]:
+        encodings = self.tokenizer(texts, add_special_tokens=False).encodings
+        assert encodings is not None
+        return encodings
 
     def _placed(self, text: str) -> Placed:
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return found["input_ids"], found["offset_mapping"]
+        encoding = self._tokenized([text])[0]
+        return encoding.ids, encoding.offsets
 
     def _cut(self, text: str, at: list[Span], as_text: list[Span]) -> Placed:
         """The text cut at the borders of spans; those in `as_text` are encoded as plain text."""

@@ -67,7 +67,7 @@ class Documents:
 
 
 def split_documents(source: Source, fraction: float) -> Documents:
-    """By hash of the document; of a single document, its last part is held out.
+    """By hash of the document; of a single document, its last part is held out; of a stream, whose rows are not here, all.
 
     Raises:
         UserError: no document is left to train on.
@@ -75,6 +75,8 @@ def split_documents(source: Source, fraction: float) -> Documents:
     if source.single_document:
         parts = np.arange(len(cut_document(source.records[0]["text"])))
         return Documents(source, parts[:1], parts[1:])
+    if source.streamed:
+        return Documents(source, np.arange(0), np.arange(len(source.records)))
     held_out = source.records.held_out(fraction)
     if held_out.all():
         raise UserError(f"{source.name}: no document is left to train on; lower held_out_fraction")

@@ -11,13 +11,12 @@ from pipeline.data.cache import DataCache
 from pipeline.data.encoding import IGNORE, ChatEncoder, document_ids, tokenizer_identity
 from pipeline.data.parallel import map_batches
 from pipeline.data.progress import DataProgress
-from pipeline.data.records import Record, at_row
-from pipeline.data.stored_records import StoredFile, StoredRecords
-from pipeline.data.tables import IntegerRows, list_array, map_table, numbers, write_table
+from pipeline.data.records import Record, at_each
+from pipeline.data.stored_records import StoredFile, StoredRecords, StoredText, decode
+from pipeline.data.tables import IntegerRows, list_array, map_table, numbers, shift_column, write_table
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 IDS = pa.large_list(pa.int32())
@@ -54,16 +53,15 @@ def _encoded(records: StoredRecords, encode: Encode, name: str) -> Iterator[pa.R
     try:
         for count, batch in map_batches(functools.partial(_counted, encode), records.in_batches()):
             if "record" in batch.schema.names:
-                place = batch.schema.get_field_index("record")
-                batch = batch.set_column(place, "record", pc.add(batch.column(place), progress.done))
+                batch = shift_column(batch, "record", progress.done)
             yield batch
             progress.update(count)
     finally:
         progress.close()
 
 
-def _counted(encode: Encode, records: list[Record]) -> tuple[int, pa.RecordBatch]:
-    return len(records), encode(records)
+def _counted(encode: Encode, batch: list[StoredText]) -> tuple[int, pa.RecordBatch]:
+    return len(batch), encode(decode(batch))
 
 
 # ---------------------------------------------------------------------------------------------- documents
@@ -116,17 +114,15 @@ def encode_examples(records: StoredRecords, encoder: ChatEncoder, loss_on: str) 
     schema = pa.schema({"ids": IDS, "labels": IDS, "record": pa.int64(), "learnt": pa.bool_()})
 
     def encode(batch: list[Record]) -> pa.RecordBatch:
-        examples, record = [], []
-        for position, row in enumerate(batch):
-            with at_row(row):
-                found = encoder.examples(row["messages"], row["trained"], loss_on)
-            examples += found
-            record += [position] * len(found)
+        parts = at_each(lambda row: encoder.dialogues(row["messages"], row["trained"], loss_on), batch)
+        encoded = encoder.encode_dialogues([dialogue for dialogues in parts for dialogue in dialogues])
+        record = [position for position, dialogues in enumerate(parts) for _ in dialogues]
+        examples = at_each(lambda _: next(encoded), [batch[position] for position in record])
         arrays = [
             list_array([ids for ids, _ in examples], pa.int32()),
             list_array([labels for _, labels in examples], pa.int32()),
             pa.array(record, pa.int64()),
-            pa.array([any(label != IGNORE for label in labels[1:]) for _, labels in examples], pa.bool_()),
+            pa.array([labels[1:].count(IGNORE) < len(labels) - 1 for _, labels in examples], pa.bool_()),
         ]
         return pa.record_batch(arrays, schema=schema)
 
@@ -141,10 +137,8 @@ def encode_prompts(records: StoredRecords, encoder: ChatEncoder) -> IntegerRows:
     """`ChatEncoder.prompt_ids` of each record's prompt."""
 
     def encode(batch: list[Record]) -> pa.RecordBatch:
-        rows = []
-        for record in batch:
-            with at_row(record):
-                rows.append(encoder.prompt_ids(record["prompt"]))
+        parts = at_each(lambda record: encoder.prompt_parts(record["prompt"]), batch)
+        rows = at_each(lambda _, tokenized: tokenized.ids, batch, encoder.text.tokenize(parts))
         return pa.record_batch([list_array(rows, pa.int32())], ["ids"])
 
     identity = {"tokenizer": tokenizer_identity(encoder.tokenizer)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,12 +12,13 @@ from typing import Any, Literal, TypedDict
 
 from pipeline.data.cache import DataCache
 from pipeline.data.comparisons import Pair, digest, pairs_of
+from pipeline.data.control_tokens import Part
 from pipeline.data.encoding import ChatEncoder, tokenizer_identity
 from pipeline.data.parallel import map_batches
 from pipeline.data.progress import DataProgress
-from pipeline.data.records import Record, at_row
-from pipeline.data.stored_records import StoredRecords
-from pipeline.data.tables import locate, map_table, numbers, write_table
+from pipeline.data.records import Record, at_each
+from pipeline.data.stored_records import StoredRecords, StoredText, decode
+from pipeline.data.tables import locate, map_table, numbers, shift_column, write_table
 from pipeline.errors import UserError
 
 import datasets
@@ -111,18 +112,33 @@ class EncodedBatch:
                 )
 
 
-def encode_batch(encoder: ChatEncoder, options: RankingOptions, records: Iterable[Record]) -> EncodedBatch:
+def tokenize_rankings(encoder: ChatEncoder, records: Sequence[Record]) -> list[tuple[list[int], list[list[int]]]]:
+    """Ids of the prompt and of each response of each record; the tokenizer is called once."""
+
+    def parts_of(record: Record) -> list[list[Part]]:
+        return [encoder.prompt_parts(record["prompt"]), *map(encoder.response_parts, record["responses"])]
+
+    parts = at_each(parts_of, records)
+    tokenized = iter(encoder.text.tokenize([part for row in parts for part in row]))
+
+    def ids_of(record: Record) -> tuple[list[int], list[list[int]]]:
+        return next(tokenized).ids, [encoder.finish_response(next(tokenized)) for _ in record["responses"]]
+
+    return at_each(ids_of, records)
+
+
+def encode_batch(encoder: ChatEncoder, options: RankingOptions, records: Sequence[Record]) -> EncodedBatch:
     """Rows of token ids; a row's `position` counts from the first record.
 
     Raises:
         UserError: a prompt that the template refuses, or a confidence that the recipe's use of it does not allow.
     """
     batch = EncodedBatch()
-    for position, record in enumerate(records):
+    for position, (record, (prompt, responses)) in enumerate(
+        zip(records, tokenize_rankings(encoder, records), strict=True)
+    ):
         batch.total += 1
-        with at_row(record):
-            prompt = encoder.prompt_ids(record["prompt"])
-            ids = [prompt + encoder.response_ids(response) for response in record["responses"]]
+        ids = [prompt + response for response in responses]
         if max(map(len, ids)) > options.max_tokens:
             batch.too_long.append(record["line"])
             continue
@@ -159,7 +175,7 @@ def encode_rankings(
     Raises:
         UserError: as `encode_batch`.
     """
-    batch = encode_batch(encoder, options, records)
+    batch = encode_batch(encoder, options, list(records))
     batch.say(name, options.max_tokens)
     return batch.rows
 
@@ -216,14 +232,16 @@ def store_rankings(encoder: ChatEncoder, records: StoredRecords, options: Rankin
     def build(folder: Path) -> dict[str, Any]:
         counts, progress = EncodedBatch(), DataProgress(f"encoding {name} rankings", total=len(records))
 
+        def encoded(texts: list[StoredText]) -> tuple[EncodedBatch, pa.RecordBatch]:
+            batch = encode_batch(encoder, options, decode(texts))
+            rows = [{name: value for name, value in row.items() if name != "record"} for row in batch.rows]
+            return dataclasses.replace(batch, rows=[]), pa.RecordBatch.from_pylist(rows, STORED)
+
         def batches() -> Iterator[pa.RecordBatch]:
-            for batch in map_batches(functools.partial(encode_batch, encoder, options), records.in_batches()):
-                rows = [{**row, "position": row["position"] + counts.total} for row in batch.rows]
+            for batch, rows in map_batches(encoded, records.in_batches()):
+                yield shift_column(rows, "position", counts.total)
                 counts.count(batch)
                 progress.update(batch.total)
-                yield pa.RecordBatch.from_pylist(
-                    [{k: v for k, v in row.items() if k != "record"} for row in rows], STORED
-                )
 
         rows = write_table(folder, STORED, batches())
         progress.close()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.chat_template import (
@@ -20,7 +21,7 @@ from pipeline.data.chat_template import (
     Message,
     TemplateRefusal,
 )
-from pipeline.data.control_tokens import TextTokenizer, special_token_ids, turn_token_ids
+from pipeline.data.control_tokens import Part, TextTokenizer, TokenizedParts, special_token_ids, turn_token_ids
 from pipeline.data.hashing import sha256_json
 from pipeline.errors import UserError, shorten
 
@@ -39,6 +40,21 @@ __all__ = [
     "tokenizer_identity",
 ]
 IGNORE = -100
+
+
+@dataclass(frozen=True)
+class DialogueParts:
+    """A dialogue that ends with an answer, as text that the tokenizer has not seen yet.
+
+    prompt: up to where the last answer begins. answer: its header and its content. learnt: positions among the prompt's
+    parts of the earlier answers that are learnt. learns_answer: whether the last one is; learns_all: every token.
+    """
+
+    prompt: list[Part]
+    answer: list[Part]
+    learnt: list[int]
+    learns_answer: bool
+    learns_all: bool
 
 
 class ChatEncoder:
@@ -71,12 +87,25 @@ class ChatEncoder:
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
         """A prompt up to where the response begins."""
-        return self._prompt(self.template.adapt(prompt))[0]
+        return self.text.tokenize([self.prompt_parts(prompt)])[0].ids
 
     def response_ids(self, response: str) -> list[int]:
         """A response, `end_id` last."""
+        return self.finish_response(self.text.tokenize([self.response_parts(response)])[0])
+
+    # For many rows: parts of each, all of them to `text.tokenize`, and ids of each.
+
+    def prompt_parts(self, prompt: Sequence[Message]) -> list[Part]:
+        """The text whose ids are `prompt_ids`."""
+        return self._parts(self.template.adapt(prompt))
+
+    def response_parts(self, response: str) -> list[Part]:
+        """The text of which `finish_response` makes `response_ids`."""
         content = self.template.answer_prefix + self.template.strip("assistant", response)
-        return [*self.text.continuation(self.template.header, content), self.end_id]
+        return [(self.template.header, False), (content, True)]
+
+    def finish_response(self, tokenized: TokenizedParts) -> list[int]:
+        return [*self.text.continuation(tokenized), self.end_id]
 
     def finished_ids(self, response_ids: Sequence[int], stop_ids: Iterable[int]) -> list[int]:
         """A response that ended at any stop token, ending at `end_id`: where a reward model reads; others unchanged."""
@@ -103,39 +132,64 @@ class ChatEncoder:
         Returns:
             input_ids, labels: of one length; labels are IGNORE where nothing is learnt.
         """
-        prompt = self.template.adapt(messages[:-1])
-        merged = len(messages) - 1 - len(prompt)  # 1 where the system message was merged
-        ids, spans = self._prompt(prompt)
-        response = self.response_ids(messages[-1]["content"])
-        if loss_on == "all":
-            return ids + response, ids + response
-        labels = [IGNORE] * len(ids)
-        for index, message in enumerate(prompt):
-            learnt = trained is None or trained[index + merged]
-            if message["role"] == "assistant" and learnt and self.trains_earlier:
-                start, end = spans[index]
-                labels[start:end] = ids[start:end]
-                while end < len(ids) and ids[end] not in self.text.control and self._is_space(ids[end]):
-                    end += 1  # some templates write white space before the end of an answer
-                if end < len(ids) and ids[end] in (self.end_id, self.eos_id):
-                    labels[end] = ids[end]
-        last_learnt = trained is None or trained[-1]
-        return ids + response, labels + (response if last_learnt else [IGNORE] * len(response))
+        return next(self.encode_dialogues([self._dialogue(messages, trained, loss_on)]))
 
     def examples(
         self, messages: Sequence[Message], trained: Sequence[bool] | None = None, loss_on: str = "responses"
     ) -> list[tuple[list[int], list[int]]]:
         """`dialogue`, as one example; or one example per trained answer where the template writes another header before
         earlier answers than serving prompts with (reasoning templates)."""
-        if self.trains_earlier or loss_on == "all":
-            return [self.dialogue(messages, trained, loss_on)]
+        return list(self.encode_dialogues(self.dialogues(messages, trained, loss_on)))
+
+    def dialogues(
+        self, messages: Sequence[Message], trained: Sequence[bool] | None = None, loss_on: str = "responses"
+    ) -> list[DialogueParts]:
+        """The dialogues of which `encode_dialogues` makes `examples`."""
+        if loss_on == "all" or (self.trains_earlier and not self.template.rewrites_answers(messages)):
+            return [self._dialogue(messages, trained, loss_on)]
         learnt = [m["role"] == "assistant" for m in messages] if trained is None else trained
-        return [self.dialogue(messages[: i + 1], [False] * i + [True]) for i, flag in enumerate(learnt) if flag]
+        answers = [i for i, flag in enumerate(learnt) if flag]
+        return [self._dialogue(messages[: i + 1], [False] * i + [True], loss_on) for i in answers]
+
+    def encode_dialogues(self, dialogues: Sequence[DialogueParts]) -> Iterator[tuple[list[int], list[int]]]:
+        """Input ids and labels of each; the tokenizer is called once for all of them."""
+        rows = [parts for dialogue in dialogues for parts in (dialogue.prompt, dialogue.answer)]
+        tokenized = iter(self.text.tokenize(rows))
+        for dialogue, prompt, answer in zip(dialogues, tokenized, tokenized, strict=True):
+            ids, response = prompt.ids, self.finish_response(answer)
+            if dialogue.learns_all:
+                yield ids + response, ids + response
+                continue
+            labels = [IGNORE] * len(ids)
+            spans = prompt.spans() if dialogue.learnt else []
+            for start, end in [spans[part] for part in dialogue.learnt]:
+                labels[start:end] = ids[start:end]
+                while end < len(ids) and ids[end] not in self.text.control and self._is_space(ids[end]):
+                    end += 1  # some templates write white space before the end of an answer
+                if end < len(ids) and ids[end] in (self.end_id, self.eos_id):
+                    labels[end] = ids[end]
+            yield ids + response, labels + (response if dialogue.learns_answer else [IGNORE] * len(response))
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of adapted messages with the header of the next answer; for each message, (first, last + 1) of its ids."""
+    def _dialogue(self, messages: Sequence[Message], trained: Sequence[bool] | None, loss_on: str) -> DialogueParts:
+        prompt = self.template.adapt(messages[:-1])
+        merged = len(messages) - 1 - len(prompt)  # 1 where the system message was merged
+        learnt = [
+            1 + 2 * index
+            for index, message in enumerate(prompt)
+            if message["role"] == "assistant" and (trained is None or trained[index + merged])
+        ]
+        return DialogueParts(
+            prompt=self._parts(prompt),
+            answer=self.response_parts(messages[-1]["content"]),
+            learnt=learnt if self.trains_earlier else [],
+            learns_answer=trained is None or trained[-1],
+            learns_all=loss_on == "all",
+        )
+
+    def _parts(self, messages: Sequence[Message]) -> list[Part]:
+        """Adapted messages with the header of the next answer: the template's text and contents in turn."""
         if messages:
             pieces = self.template.pieces(tuple(m["role"] for m in messages), True)
         else:  # a dialogue that opens with an answer
@@ -143,18 +197,13 @@ class ChatEncoder:
         parts = [(pieces[0], False)]
         for message, piece in zip(messages, pieces[1:], strict=True):
             parts += [(message["content"], True), (piece, False)]
-        ids, spans = self.text.encode(parts)
-        return ids, spans[1::2]
+        return parts
 
     def _end_of_answer(self) -> int:
-        """The first control token that the template writes after the last answer, unless EOS is in that row of them."""
-        leading = []
-        for token in self.text.encode([(self.template.answer_tail, False)])[0]:
-            if token in self.text.control:
-                leading.append(token)
-            elif leading or not self._is_space(token):
-                break
-        return self.eos_id if self.eos_id in leading or not leading else leading[0]
+        """The first control token that the template writes after the last answer, white space apart; else EOS."""
+        tail = self.text.encode([(self.template.answer_tail, False)])[0]
+        first = next((token for token in tail if token in self.text.control or not self._is_space(token)), None)
+        return first if first in self.text.control else self.eos_id
 
     def _is_space(self, token: int) -> bool:
         return not str(self.tokenizer.decode([token])).strip()
@@ -167,6 +216,11 @@ class ChatEncoder:
             end = self.tokenizer.convert_ids_to_tokens(self.end_id)
             notes.append(
                 f"answers end with {end!r}, as the chat template ends a turn (EOS is {self.tokenizer.eos_token!r})"
+            )
+        elif self.end_id not in self.text.encode([(self.template.answer_tail, False)])[0]:
+            notes.append(
+                f"the chat template writes no token that ends an answer; answers are trained to end with EOS "
+                f"({self.tokenizer.eos_token!r}), which earlier answers of a dialogue lack"
             )
         if not self.trains_earlier:
             notes.append(

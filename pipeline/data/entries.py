@@ -25,6 +25,10 @@ class DatasetEntry:
         metadata={"help": "split of a card folder or Hub dataset; of a file: only rows whose own `split` is this"},
     )
     revision: str | None = field(default=None, metadata={"help": "revision of a Hub dataset"})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "read a Hub dataset while training, nothing of it on the disk; pretrain's `datasets:` only"},
+    )
     columns: dict[str, str] | None = field(default=None, metadata={"help": "column map: our name → the file's name"})
     weight: float | None = field(
         default=None,

@@ -1,6 +1,6 @@
 """Files of rows, whatever their format: numbered dicts, one at a time, and a reason for each row that is none.
 
-JSON Lines (also gzipped), one JSON array, CSV and TSV, Parquet. JSON Lines are read line by line; a JSON array is read whole.
+JSON Lines (also gzipped), one JSON array, CSV and TSV, Parquet. All are read row by row but for a JSON array, which is read whole.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 from pipeline.errors import UserError, shorten
 
 MAX_LINE_BYTES = 64 << 20
 MAX_DEPTH = 64
+BLOCK_CHARACTERS = 1 << 20
 # Cells of these columns hold JSON in a CSV; those of the last two are numbers.
 _CSV_JSON = ("messages", "conversations", "responses", "ranks")
 _CSV_NUMBERS = ("confidence", "margin")
@@ -76,19 +77,38 @@ _UNREADABLE = (OSError, EOFError, zlib.error)
 
 def read_text(path: Path) -> str:
     """A whole UTF-8 file, without its byte-order mark; line ends stay as they are."""
+    return "".join(text_blocks(path))
+
+
+def text_blocks(path: Path) -> Iterator[str]:
+    """`read_text` in blocks."""
+    return _stream(path, lambda file: file.read(BLOCK_CHARACTERS))
+
+
+def _stream(path: Path, read: Callable[[TextIO], str]) -> Iterator[str]:
     try:
-        with _open(path) as file:
-            raw = file.read()
+        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+            while text := read(file):
+                if "\x00" in text:
+                    raise UserError("holds a NUL byte; the file is damaged or UTF-16, save it as UTF-8", file=path)
+                yield text
     except _UNREADABLE as error:
         raise UserError(f"cannot be read: {error}", file=path) from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8", file=path, line=line) from None
-    if "\x00" in text:
-        raise UserError("holds a NUL byte; the file is damaged or UTF-16, save it as UTF-8", file=path)
-    return text
+    except UnicodeDecodeError:
+        _refuse_bytes(path)
+        raise
+
+
+def _refuse_bytes(path: Path) -> None:
+    """Name the first byte of a file that is no UTF-8."""
+    before = 0
+    for number, raw in _lines(path):
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            place = before + error.start + 1
+            raise UserError(f"not UTF-8 (byte {place}); save the file as UTF-8", file=path, line=number) from None
+        before += len(raw)
 
 
 # ------------------------------------------------------------------------------------------------ JSON
@@ -277,7 +297,7 @@ def _line_numbers(text: str, starts: Iterable[int]) -> list[int]:
 
 def _csv_rows(path: Path, separator: str) -> Iterator[FileRow]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator, strict=True)
+    reader = csv.reader(_stream(path, lambda file: file.readline()), delimiter=separator, strict=True)
     header: list[str] | None = None
     line = 1
     try:

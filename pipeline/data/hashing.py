@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+write_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder at each call
+
 
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:

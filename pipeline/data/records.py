@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 from pipeline.data.files import FileRow, RecordError, UnusableRecord, iter_rows
 from pipeline.data.layouts import (
@@ -69,6 +69,7 @@ class Record(TypedDict, total=False):
 
 
 Parser = Callable[[dict[str, Any]], Record]
+Result = TypeVar("Result")
 
 
 class RowReader:
@@ -102,19 +103,20 @@ class RowReader:
         for row in rows:
             if max_rows is not None and count >= max_rows:
                 break
-            for record in self._records(row, columns):
+            for record in self.records_of(row, columns):
                 count += 1
                 yield record
             self.rows += 1
         self.refused.refuse()
-        self._say_what_was_left()
+        self.say_what_was_left()
         if not count:
             if self.dropped:
                 line, reason = self.dropped[0]
                 raise UserError(f"{reason}; no row of the file can be used", file=self.source, line=line)
             raise UserError("no records; expected one JSON object a line", file=self.source)
 
-    def _records(self, row: FileRow, columns: dict[str, str] | None) -> Iterator[Record]:
+    def records_of(self, row: FileRow, columns: dict[str, str] | None) -> Iterator[Record]:
+        """The records of one row; what is wrong with it is added to `refused` or `dropped`."""
         try:
             if row.columns is None:
                 raise RecordError(row.error or "no row")
@@ -138,7 +140,8 @@ class RowReader:
         self.unread_keys.update(unread_message_keys(columns))
         return {**record, "file": self.source, "line": line}
 
-    def _say_what_was_left(self) -> None:
+    def say_what_was_left(self) -> None:
+        """Log which rows were left out and which columns were not read, among the rows so far."""
         if self.dropped:
             reasons = Counter(reason for _, reason in self.dropped)
             why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3)) + (
@@ -183,6 +186,15 @@ def at_row(record: Record) -> Iterator[None]:
         raise UserError(str(error), file=record.get("file"), line=record.get("line")) from error
     finally:
         current_row.reset(before)
+
+
+def at_each(function: Callable[..., Result], records: Iterable[Record], *values: Iterable[Any]) -> list[Result]:
+    """`function` of each record and of its value in each of `values`, within `at_row`."""
+    results = []
+    for record, *own in zip(records, *values, strict=True):
+        with at_row(record):
+            results.append(function(record, *own))
+    return results
 
 
 # ---------------------------------------------------------------------------------------------- parsers, one per kind

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.data.cache import DataCache
 from pipeline.data.cards import card_columns, split_files
 from pipeline.data.entries import DatasetEntry
-from pipeline.data.files import FileRow, iter_rows, plain_row, read_text
+from pipeline.data.files import FileRow, iter_rows, plain_row, read_text, text_blocks
 from pipeline.data.hashing import sha256_file
 from pipeline.data.mixing import all_weighted
 from pipeline.data.records import PARSERS, Record, RowReader
@@ -37,6 +37,7 @@ class Source:
     revision: str | None = None
     single_document: bool = False
     problems: str | None = None  # of its entry
+    streamed: bool = False  # its records are the held-out ones alone
 
     def provenance(self) -> dict[str, Any]:
         return {
@@ -64,6 +65,10 @@ def read_sources(entries: Sequence[DatasetEntry], kind: str, data_root: str, cac
 def read_source(entry: DatasetEntry, kind: str, data_root: Path, cache: str | None = None) -> Source:
     if (entry.path is None) == (entry.hub is None):
         raise UserError("datasets: each entry names exactly one of `path:` and `hub:`")
+    if entry.streaming:
+        raise UserError(
+            f"dataset {entry.hub or entry.path!r}: `streaming: true` works for the `datasets:` of pretrain alone; drop it"
+        )
     if entry.hub is not None:
         return _read_hub(entry, kind, DataCache(cache))
     assert entry.path is not None
@@ -199,23 +204,33 @@ def _of_split(records: Iterator[Record], split: str, where: str) -> Iterator[Rec
 
 
 def _text_documents(file: Path, separator: str | None, max_rows: int | None) -> Iterator[Record]:
-    text = read_text(file)
-    documents = text.split(separator) if separator else [text]
-    numbered = [(number, document) for number, document in enumerate(documents, 1) if document.strip()]
-    if not numbered:
+    documents = _split_blocks(text_blocks(file), separator) if separator else iter([read_text(file)])
+    count = 0
+    for number, document in enumerate(documents, 1):
+        if document.strip() and (max_rows is None or count < max_rows):
+            count += 1
+            yield {"text": document, "file": str(file), "line": number}
+    if not count:
         raise UserError("is empty", file=file)
-    for number, document in numbered[:max_rows]:
-        yield {"text": document, "file": str(file), "line": number}
+
+
+def _split_blocks(blocks: Iterator[str], separator: str) -> Iterator[str]:
+    """`str.split` of a text that comes in blocks."""
+    rest = ""
+    for block in blocks:
+        *whole, rest = (rest + block).split(separator)
+        yield from whole
+    yield rest
 
 
 def _read_hub(entry: DatasetEntry, kind: str, cache: DataCache) -> Source:
+    from pipeline.data.hub import load_table
+
     assert entry.hub is not None
-    table = _load_hub(entry)
+    table = load_table(entry)
     if entry.max_rows is not None:
         table = table.select(range(min(entry.max_rows, len(table))))
-    digest = hashlib.sha256()
-    for row in table:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    digest = _hash_rows(entry, table, cache)
 
     def read(facts: dict[str, Any]) -> Iterator[Record]:
         reader = RowReader(str(entry.hub), PARSERS[kind], problems=entry.problems, name_unread=kind != "prompt")
@@ -223,7 +238,7 @@ def _read_hub(entry: DatasetEntry, kind: str, cache: DataCache) -> Source:
         return strip_responses(reader.read(rows, entry.columns), entry.response_suffix, facts)
 
     identity = {
-        "sha256": digest.hexdigest(),
+        "sha256": digest,
         "columns": entry.columns,
         "problems": entry.problems,
         "response_suffix": entry.response_suffix,
@@ -233,7 +248,7 @@ def _read_hub(entry: DatasetEntry, kind: str, cache: DataCache) -> Source:
     return Source(
         name=entry.name or entry.hub.split("/")[-1],
         records=StoredRecords([stored]),
-        sha256=digest.hexdigest(),
+        sha256=digest,
         weight=entry.weight,
         location=entry.hub,
         revision=entry.revision,
@@ -241,28 +256,20 @@ def _read_hub(entry: DatasetEntry, kind: str, cache: DataCache) -> Source:
     )
 
 
-def _load_hub(entry: DatasetEntry) -> Any:
-    """The table of a Hub dataset's split.
+def _hash_rows(entry: DatasetEntry, table: Any, cache: DataCache) -> str:
+    """Hash of a table's rows; the data cache keeps it by the bytes of the files in which `datasets` has the table."""
 
-    Raises:
-        UserError: not found, offline, no such split; made by a script; files with different columns.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
+    def build(_: Path) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for row in table:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return {"sha256": digest.hexdigest()}
 
-    try:
-        return load_dataset(entry.hub, entry.subset, split=entry.split, revision=entry.revision)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        remedy = ""
-        if "script" in reason.lower():
-            remedy = (
-                "; download its data files, or name a revision that holds Parquet (`revision: refs/convert/parquet`)"
-            )
-        elif "cast" in reason.lower() or "column" in reason.lower():
-            remedy = "; its files differ in their columns: name one configuration with `subset:`, or download the files"
-        raise UserError(f"dataset {entry.hub!r} cannot be had from the Hub: {reason}{remedy}") from error
+    files = [sha256_file(Path(file["filename"])) for file in table.cache_files]
+    if not files:  # a table in memory
+        return str(build(cache.root)["sha256"])
+    identity = {"what": "hash of rows", "files": files, "split": entry.split, "max_rows": entry.max_rows}
+    return str(cache.entry(f"hash of the rows of {entry.hub}", identity, build).facts["sha256"])
 
 
 def strip_responses(records: Iterator[Record], suffix: str | None, facts: dict[str, Any]) -> Iterator[Record]:

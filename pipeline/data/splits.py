@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.data.files import RecordError
+from pipeline.data.hashing import write_json
 from pipeline.errors import UserError, shorten
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def split_key(record: Record) -> str:
     # Up to the first answer: dialogues that begin alike stay together, however long they go on.
     first_answer = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
     opening = messages[:first_answer] or messages
-    return json.dumps([[m["role"], m["content"]] for m in opening], ensure_ascii=False)
+    return write_json([[m["role"], m["content"]] for m in opening])
 
 
 def side_of(record: Record) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from pipeline.data.cache import DataCache, Entry
 from pipeline.data.comparisons import RANKING_COLUMNS, ranking_columns
+from pipeline.data.hashing import write_json
 from pipeline.data.progress import DataProgress
 from pipeline.data.records import Record
 from pipeline.data.splits import HELD_OUT, prompt_hash, side_of
@@ -42,7 +44,21 @@ class StoredFile:
         return map_table(self.entry.folder)
 
     def record(self, text: str) -> Record:
-        return {**json.loads(text), "file": self.name}
+        return _decode((self.name, text))
+
+
+StoredText = tuple[str, str]  # name of the file, the record as JSON
+
+
+def decode(batch: Iterable[StoredText]) -> list[Record]:
+    """The records of a batch of `StoredRecords.in_batches`."""
+    return [_decode(stored) for stored in batch]
+
+
+def _decode(stored: StoredText) -> Record:
+    record: Record = json.loads(stored[1])
+    record["file"] = stored[0]
+    return record
 
 
 def store_file(
@@ -72,7 +88,7 @@ def _batches(records: Iterable[Record], kind: str) -> Iterator[pa.RecordBatch]:
     waiting: list[tuple[str, Record]] = []
     characters = 0
     for record in records:
-        text = json.dumps({name: value for name, value in record.items() if name != "file"}, ensure_ascii=False)
+        text = write_json({name: value for name, value in record.items() if name != "file"})
         waiting.append((text, record))
         characters += len(text)
         if characters >= BATCH_CHARACTERS or len(waiting) >= BATCH_ROWS:
@@ -130,8 +146,13 @@ class StoredRecords(Sequence[Record]):
         return file.record(file.table.column("record")[row].as_py())
 
     def __iter__(self) -> Iterator[Record]:
+        return map(_decode, self._texts())
+
+    def _texts(self) -> Iterator[StoredText]:
         if self.positions is not None and (np.diff(self.positions) <= 0).any():
-            yield from (self[i] for i in range(len(self)))
+            for position in self.positions.tolist():
+                number, row = locate(self._ends, position)
+                yield self.files[number].name, self.files[number].table.column("record")[row].as_py()
             return
         start = 0  # in the order of the files: read from start to end, so that no page of the map stays in memory
         for file in self.files:
@@ -141,8 +162,7 @@ class StoredRecords(Sequence[Record]):
                     first, last = np.searchsorted(self.positions, [start, end])
                     texts = texts.take(pa.array(self.positions[first:last] - start))
                 start = end
-                for text in texts.to_pylist():
-                    yield file.record(text)
+                yield from zip(itertools.repeat(file.name), texts.to_pylist())
 
     def select(self, indices: Iterable[int] | np.ndarray) -> StoredRecords:
         chosen = np.fromiter(indices, np.int64) if not isinstance(indices, np.ndarray) else indices
@@ -189,13 +209,13 @@ class StoredRecords(Sequence[Record]):
         by_hash = self.numbers("hash", np.uint64) < np.uint64(-int(-fraction * 2**64 // 1))
         return (side == HELD_OUT) | ((side < 0) & by_hash)
 
-    def in_batches(self, rows: int = 256, characters: int = 2**21) -> Iterator[list[Record]]:
-        """These records in order, in batches for several processes."""
-        batch: list[Record] = []
+    def in_batches(self, rows: int = 256, characters: int = 2**21) -> Iterator[list[StoredText]]:
+        """These records in order, in batches for several processes, where `decode` reads them."""
+        batch: list[StoredText] = []
         size = 0
-        for record in self:
-            batch.append(record)
-            size += len(record.get("text", ""))
+        for stored in self._texts():
+            batch.append(stored)
+            size += len(stored[1])
             if len(batch) >= rows or size >= characters:
                 yield batch
                 batch, size = [], 0

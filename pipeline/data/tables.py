@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 FILE = "rows.arrow"
 
@@ -44,6 +45,12 @@ def list_array(rows: Sequence[Sequence[int] | np.ndarray], kind: pa.DataType) ->
     for row, start, length in zip(rows, offsets, lengths, strict=False):
         values[start : start + length] = row
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, kind))
+
+
+def shift_column(batch: pa.RecordBatch, name: str, by: int) -> pa.RecordBatch:
+    """A batch with a number added to a column."""
+    place = batch.schema.get_field_index(name)
+    return batch.set_column(place, batch.schema.field(place), pc.add(batch.column(place), by))
 
 
 def locate(ends: np.ndarray, index: int) -> tuple[int, int]:

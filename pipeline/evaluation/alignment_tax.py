@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.stages import ANSWERING
 from pipeline.data.collators import BlockCollator
 from pipeline.data.documents import split_texts
 from pipeline.data.encoding import document_ids
@@ -15,7 +16,6 @@ from pipeline.errors import UserError
 from pipeline.evaluation.answers import load_finite_model
 from pipeline.evaluation.language import perplexity
 from pipeline.evaluation.run_folder import RunFolder, dataset_entries
-from pipeline.evaluation.win_rates import ANSWERING
 from pipeline.models.token_nll import token_nll
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.training.identity import tokenizer_hashes
@@ -64,9 +64,11 @@ def _held_out_blocks(run: RunFolder, tokenizer: Any, data_root: str | None) -> l
     """The text that pretraining held out, packed as it was; none, with a note, where the data is not here."""
     recipe = run.recipe("pretrain")
     try:
-        sources = read_sources(
-            dataset_entries(recipe, "datasets"), "document", data_root or recipe.get("data_root") or "."
-        )
+        entries = dataset_entries(recipe, "datasets")
+        if any(entry.streaming for entry in entries):
+            run.note("alignment tax not measured: pretraining's data was streamed, and is not read again")
+            return []
+        sources = read_sources(entries, "document", data_root or recipe.get("data_root") or ".")
     except UserError as error:
         run.note(f"alignment tax not measured: {error}")
         return []

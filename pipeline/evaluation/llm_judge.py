@@ -6,34 +6,22 @@ fails is asked again, then listed; a reply without a clear verdict is a failed q
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
+from pipeline.evaluation.chat_server import ChatServer, check_address
 from pipeline.evaluation.preference import Interval, bootstrap_interval, length_controlled
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.precision import accelerator_type
 from pipeline.models.tokenizers import assign_template, load_tokenizer
 
-import httpx
 import numpy as np
 
-KEY = "RLHF_JUDGE_API_KEY"  # environment variables; keys are read from nowhere else and written nowhere
-KEYS = (KEY, "OPENAI_API_KEY")
-LOCAL = ("localhost", "127.0.0.1", "::1")
-TRIES, PAUSE, AT_ONCE = 3, 2.0, 8
-READ_TIMEOUT, REPLY_SECONDS, REPLY_BYTES = 60.0, 180.0, 2**20  # of one read; of a whole reply
 REPLY_TOKENS = 512
-OF_THE_QUESTION = (400, 413, 422)  # statuses; asking the same again changes nothing, asking something else may
-OF_THE_SERVER = (301, 302, 303, 307, 308, 401, 403, 404)  # statuses; asking anything again changes nothing
 QUESTION = """You compare two answers to the same request. Judge which one serves the person better: it does what was asked, is \
 correct, honest and harmless, and says no more than it needs. Length alone is no merit, nor is the order in which they stand.
 
@@ -50,10 +38,6 @@ Which answer is better? Reply with one letter, A or B. If you must explain, end 
 
 Choice = str | Exception
 """“A”, “B”, or why there is no verdict."""
-
-
-class NoServer(UserError):
-    """No question is answered there."""
 
 
 @dataclass(frozen=True)
@@ -93,106 +77,18 @@ def judge_from(where: str, model: str | None = None) -> Judge:
     """
     if not where.startswith(("http://", "https://")):
         return Judge(f"llm:{Path(where).name}", LocalJudge(where))
-    parts = urlsplit(where)
-    if parts.username or parts.password or parts.query:
-        raise UserError(f"--llm-judge: no keys in an address, it would be seen by others; put it into {KEY}")
+    check_address(where, "--llm-judge")
     if not model:
         raise UserError("--llm-judge at an address needs --llm-judge-model, the model's name there")
     return Judge(f"llm:{model}", RemoteJudge(where, model))
 
 
-def _api_key(address: str) -> str | None:
-    """The key for an address, from the environment.
-
-    Raises:
-        UserError: the key is no header value, or would travel unencrypted.
-    """
-    name = next((name for name in KEYS if os.environ.get(name, "").strip()), None)
-    if name is None:
-        return None
-    key = os.environ[name].strip()
-    if not (key.isascii() and key.isprintable() and " " not in key):
-        raise UserError(f"{name} holds characters that no API key has (spaces, or letters outside ASCII); set it again")
-    parts = urlsplit(address)
-    if parts.scheme != "https" and parts.hostname not in LOCAL:
-        raise UserError(
-            f"--llm-judge: {name} is set and would go unencrypted to {parts.hostname}; use https, or unset {name}"
-        )
-    return key
-
-
-class RemoteJudge:
-    """Asks a server (vLLM, llama.cpp, a company's) several questions at once.
-
-    By plain HTTP: the Hub's client refuses every address under HF_HUB_OFFLINE, a server in the same rack too. Redirects
-    are not followed and, on this machine, proxies not used: the key goes to the given address alone.
-    """
-
-    def __init__(self, address: str, model: str, pause: float = PAUSE):
-        self.address = address.rstrip("/") + "/chat/completions"
-        key = _api_key(address)
-        self.headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self.local = urlsplit(address).hostname in LOCAL
-        self.model, self.pause = model, pause
+class RemoteJudge(ChatServer):
+    """Asks a server for its verdicts."""
 
     def __call__(self, questions: Sequence[str]) -> list[Choice]:
-        client = httpx.Client(
-            timeout=READ_TIMEOUT, headers=self.headers, follow_redirects=False, trust_env=not self.local
-        )
-        with client:
-            first = [self._ask(client, question) for question in questions[:1]]
-            if first and isinstance(first[0], NoServer):
-                return first * len(questions)  # do not wait for each question in turn
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                return [*first, *pool.map(lambda question: self._ask(client, question), questions[1:])]
-
-    def _ask(self, client: httpx.Client, question: str) -> Choice:
-        failure: Exception = UserError("not asked")
-        for number in range(TRIES):
-            if number:
-                time.sleep(self.pause * 2 ** (number - 1))
-            try:
-                return choice_in(self._reply(client, question))
-            except httpx.HTTPStatusError as error:
-                status = error.response.status_code
-                kind = UserError if status in OF_THE_QUESTION else NoServer
-                failure = kind(f"the server says {status}")
-                if status in (*OF_THE_QUESTION, *OF_THE_SERVER):
-                    return failure
-            except httpx.HTTPError as error:
-                failure = NoServer(type(error).__name__)  # its text may hold the address
-            except UserError as error:
-                failure = error
-            except (LookupError, TypeError, ValueError, RecursionError):
-                failure = UserError("the reply is no chat completion")
-        return failure
-
-    def _reply(self, client: httpx.Client, question: str) -> str:
-        """The text of a reply.
-
-        Raises:
-            UserError: too long, too slow, or no text.
-        """
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": REPLY_TOKENS,
-            "temperature": 0.0,
-        }
-        deadline = time.monotonic() + REPLY_SECONDS
-        received = bytearray()
-        with client.stream("POST", self.address, json=body) as response:
-            response.raise_for_status()
-            for chunk in response.iter_raw():
-                received += chunk
-                if len(received) > REPLY_BYTES:
-                    raise UserError(f"the reply is longer than {REPLY_BYTES // 2**20} MiB")
-                if time.monotonic() > deadline:
-                    raise UserError(f"the reply took longer than {REPLY_SECONDS:.0f} s")
-        content = json.loads(received)["choices"][0]["message"]["content"]
-        if content is not None and not isinstance(content, str):
-            raise UserError("the reply is no chat completion")
-        return content or ""
+        settings = {"max_tokens": REPLY_TOKENS, "temperature": 0.0}
+        return self.ask([{"messages": [{"role": "user", "content": q}], **settings} for q in questions], choice_in)
 
 
 _LETTER = r"[\W_]*([AB])[\W_]*"

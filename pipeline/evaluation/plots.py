@@ -139,6 +139,8 @@ def curve(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.25)
+        if all(isinstance(x, int) for points in series.values() for x, _ in points):
+            axes.xaxis.get_major_locator().set_params(integer=True)  # no round 1.5
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=8.5)
         svg = finish()

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.stages import ANSWERING
 from pipeline.data.hashing import sha256_json
 from pipeline.data.records import Record
 from pipeline.errors import UserError
@@ -23,7 +24,7 @@ from pipeline.evaluation.page import render
 from pipeline.evaluation.run_folder import RunFolder, held_out_prompts, read_run
 from pipeline.evaluation.samples import extremes, samples
 from pipeline.evaluation.verdict import verdict
-from pipeline.evaluation.win_rates import ANSWERING, BEST_OF, agreement, llm_win_rates, win_rates
+from pipeline.evaluation.win_rates import BEST_OF, agreement, llm_win_rates, win_rates
 from pipeline.planning.devices import energy
 from pipeline.rollout.best_of_n import best_of_each, best_of_n, kl_bound
 from pipeline.rollout.rewards import Answers, judge_labels

@@ -16,14 +16,16 @@ from pipeline.evaluation.calibration import (
     reliability,
 )
 from pipeline.evaluation.preference import PairAccuracy, pair_accuracy
-from pipeline.models.reward_model import score_ids, scores_at
+from pipeline.models.reward_model import scores_at
 from pipeline.rollout.rewards import call_function
 
 import numpy as np
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+ScoreIds = Callable[[Sequence[Sequence[int]]], Tensor]  # centred scores of token sequences, (sequences,)
 LENGTHS_MATCH = 0.1  # responses whose lengths differ by no more than this share of the longer count as matched
 PROBES = 256  # held-out prompts at most for the sensitivity probes
 PROBE_ROWS = 16  # responses per forward pass of a probe
@@ -97,9 +99,9 @@ def response_lengths(row: Row) -> list[int]:
     return [len(ids) - row["prompt_tokens"] for ids in row["ids"]]
 
 
-def score_rankings(model: Any, pad_id: int, rows: Sequence[Row]) -> ScoredPairs:
-    """Score every response of encoded rankings (`encode_rankings`) with a model."""
-    flat = score_ids(model, [ids for row in rows for ids in row["ids"]], pad_id).tolist()
+def score_rankings(score: ScoreIds, rows: Sequence[Row]) -> ScoredPairs:
+    """Score every response of encoded rankings (`encode_rankings`)."""
+    flat = score([ids for row in rows for ids in row["ids"]]).tolist()
     scores, start = [], 0
     for row in rows:
         scores.append(flat[start : start + len(row["ids"])])
@@ -185,7 +187,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 @torch.no_grad()
-def sensitivity(model: Any, pad_id: int, pairs: ScoredPairs, vocabulary: int) -> dict[str, Any]:
+def sensitivity(score: ScoreIds, model: Any, pad_id: int, pairs: ScoredPairs) -> dict[str, Any]:
     """Edits that must not change a score, and edits that must (Stiennon et al. 2020, appendix).
 
     edited_after_eos: the largest change of the score read at a response's end when other tokens follow it.
@@ -194,14 +196,14 @@ def sensitivity(model: Any, pad_id: int, pairs: ScoredPairs, vocabulary: int) ->
     rows = pairs.rows[:PROBES]
     best = [row["ids"][int(np.argmin(row["record"]["ranks"]))] for row in rows]
     result: dict[str, Any] = {
-        "edited_after_eos": _change_after_end(model, pad_id, best, vocabulary),
+        "edited_after_eos": _change_after_end(model, pad_id, best),
         "prompts": len(rows),
     }
     if len(rows) > 1:
         prompts = [ids[: row["prompt_tokens"]] for ids, row in zip(best, rows, strict=True)]
         answers = [ids[row["prompt_tokens"] :] for ids, row in zip(best, rows, strict=True)]
         swapped = [p + a for p, a in zip(prompts[1:] + prompts[:1], answers, strict=True)]
-        change = score_ids(model, swapped, pad_id) - score_ids(model, best, pad_id)
+        change = score(swapped) - score(best)
         result["swapped_prompts"] = {
             "share_lower": (change < 0).float().mean().item(),
             "mean_change": change.mean().item(),
@@ -209,9 +211,9 @@ def sensitivity(model: Any, pad_id: int, pairs: ScoredPairs, vocabulary: int) ->
     return result
 
 
-def _change_after_end(model: Any, pad_id: int, texts: list[list[int]], vocabulary: int) -> float:
+def _change_after_end(model: Any, pad_id: int, texts: list[list[int]]) -> float:
     """The largest change of a score when random tokens follow where it is read."""
-    device = next(model.parameters()).device
+    device, vocabulary = next(model.parameters()).device, int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for start in range(0, len(texts), PROBE_ROWS):
@@ -225,24 +227,38 @@ def _change_after_end(model: Any, pad_id: int, texts: list[list[int]], vocabular
     return largest
 
 
-def evaluate_reward_model(
-    model: Any,
-    pad_id: int,
-    held_out: Sequence[Row],
-    held_out_labelers: Sequence[Row] = (),
-    *,
-    truth: Truth | None = None,
-    tie_margin: float = 0.0,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class MeasuredScores:
+    """What needs the model: scores of rankings by labelers of the training data and by others, and the probes' results."""
+
+    pairs: ScoredPairs
+    others: ScoredPairs | None
+    sensitivity: dict[str, Any]
+
+
+def measure_reward_model(
+    score: ScoreIds, model: Any, pad_id: int, held_out: Sequence[Row], held_out_labelers: Sequence[Row] = ()
+) -> MeasuredScores:
+    """All forward passes of a reward model's evaluation; called by every process.
+
+    Args:
+        score: scores with `model`, perhaps a share of the passes in each process.
+        held_out: encoded rankings of unseen prompts by labelers of the training data.
+        held_out_labelers: encoded rankings of unseen prompts by other labelers.
+    """
+    pairs = score_rankings(score, held_out)
+    others = score_rankings(score, held_out_labelers) if held_out_labelers else None
+    return MeasuredScores(pairs, others, sensitivity(score, model, pad_id, pairs))
+
+
+def reward_metrics(measured: MeasuredScores, *, truth: Truth | None = None, tie_margin: float = 0.0) -> dict[str, Any]:
     """All metrics of a reward model: `metrics.json` of the reward stage.
 
     Args:
-        held_out: encoded rankings of unseen prompts by labelers of the training data.
-        held_out_labelers: encoded rankings of unseen prompts by other labelers.
         truth: what it reaches is the ceiling that the labelers' noise leaves.
         tie_margin: of the loss, 0 unless `ties: margin`.
     """
-    pairs = score_rankings(model, pad_id, held_out)
+    pairs, others = measured.pairs, measured.others
     overall = pairs.accuracy().as_dict()
     flat = np.array([score for scores in pairs.scores for score in scores])
     metrics: dict[str, Any] = {
@@ -252,8 +268,7 @@ def evaluate_reward_model(
         "scores": {"mean": float(flat.mean()), "std": float(flat.std(ddof=1)) if len(flat) > 1 else 0.0},
     }
     everyone = pairs
-    if held_out_labelers:
-        others = score_rankings(model, pad_id, held_out_labelers)
+    if others is not None:
         metrics["held_out_labeler_accuracy"] = others.accuracy().as_dict()["accuracy"]
         metrics["held_out_labeler_accuracy_ci95"] = others.accuracy().as_dict()["ci95"]
         everyone = ScoredPairs(pairs.rows + others.rows, pairs.scores + others.scores)
@@ -269,7 +284,7 @@ def evaluate_reward_model(
         metrics["temperature"] = calibrated["temperature"]
         metrics["calibration"] = {name: calibrated[name]["bins"] for name in ("before", "after")}
         metrics["length_bias"] = length_bias(pairs)
-    metrics["sensitivity"] = sensitivity(model, pad_id, pairs, int(model.config.get_text_config().vocab_size))
+    metrics["sensitivity"] = measured.sensitivity
     return metrics | (_noise_ceiling(truth, everyone, len(pairs.rows), metrics) if truth else {})
 
 

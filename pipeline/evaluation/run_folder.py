@@ -98,7 +98,9 @@ def _read_lineage(run: RunFolder, stage: str) -> dict[str, Any] | None:
         return None
     wrong = _wrong_keys(lineage)
     if wrong:
-        run.note(f"{stage}: left out: its lineage.json lacks {', '.join(wrong)}, or holds something else there")
+        run.note(
+            f"{stage}: left out: {folder / 'lineage.json'} lacks {', '.join(wrong)}, or holds something else there"
+        )
         return None
     bad = sorted(
         key for key, value in lineage["metrics"].items() if isinstance(value, float) and not math.isfinite(value)
@@ -132,6 +134,8 @@ def _compare_weights(run: RunFolder, stage: str) -> None:
         run.note(f"{stage}: its weights changed after the stage finished; the metrics below may not be theirs")
     for parent in lineage["parents"]:
         name = parent.get("stage")
+        if name == stage:  # a policy or reward model of another run, such as the round before
+            continue
         if name in run.lineages and run.lineages[name]["weights_sha256"] != parent["weights_sha256"]:
             run.note(f"{stage}: was trained from another {name} than the one that lies here now")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pipeline.config.stages import ANSWERING
 from pipeline.data.records import Record
 from pipeline.evaluation.answers import ModelAnswers, dialogue_text
 from pipeline.evaluation.judges import Scores
-from pipeline.evaluation.win_rates import ANSWERING
 
 import numpy as np
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.config.stages import ANSWERING
 from pipeline.data.records import Record
 from pipeline.evaluation.answers import ModelAnswers, dialogue_text
 from pipeline.evaluation.judges import REWARD, REWARD_MODEL, Scores
@@ -15,7 +16,6 @@ from pipeline.evaluation.run_folder import RunFolder
 
 import numpy as np
 
-ANSWERING = ("pretrain", "sft", "ppo")
 BEST_OF = "best_of_"
 
 

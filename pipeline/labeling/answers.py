@@ -150,13 +150,18 @@ def _response(value: Any, required: bool, settings: Settings) -> str:
         raise Refused(422, "No written answer is asked for here.")
     if required and not text:
         raise Refused(422, "Write an answer, or skip the item.")
+    check_written(text, "answer", settings)
+    return text
+
+
+def check_written(text: str, what: str, settings: Settings) -> None:
+    """Refuse a text of a labeler's that is too long, or that no file can keep."""
     if len(text) > settings.max_answer_characters:
         raise Refused(
-            422, f"The answer has {len(text):,} characters; at most {settings.max_answer_characters:,} are kept."
+            422, f"The {what} has {len(text):,} characters; at most {settings.max_answer_characters:,} are kept."
         )
     if any("\ud800" <= character <= "\udfff" for character in text) or "\x00" in text:
-        raise Refused(422, "The answer holds a character that no file can keep; type it again.")
-    return text
+        raise Refused(422, f"The {what} holds a character that no file can keep; type it again.")
 
 
 def seconds_on_task(value: Any, most: float) -> float:

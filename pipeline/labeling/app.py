@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.labeling.guidelines import guidelines_html
 from pipeline.labeling.labelers import authenticate
 from pipeline.labeling.labels import Submission, history, save_draft, skip, submit, undo
 from pipeline.labeling.lead import lead_routes
+from pipeline.labeling.live import Generation, Models, live_routes, live_work
 from pipeline.labeling.project import Project
 from pipeline.labeling.refusal import Refused
 from pipeline.labeling.requests import cookie_name, in_store, json_body, whole_number
@@ -24,6 +26,7 @@ from pipeline.labeling.store import is_full
 from pipeline.labeling.work import current_work, work_on
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -36,10 +39,24 @@ HERE = Path(__file__).parent
 COOKIE_SECONDS = 90 * 24 * 3600
 
 
-def make_app(project: Project, public_url: str | None = None) -> Starlette:
-    """The application over an open project. All work on the store is done in one thread, in the order of arrival."""
+def make_app(project: Project, public_url: str | None = None, models: Models | None = None) -> Starlette:
+    """The application over an open project. All work on the store is done in one thread, in the order of arrival.
+
+    Args:
+        models: those that labelers chat with, where the project's mode says so.
+    """
     public_host = urlsplit(public_url).netloc if public_url else None
+    thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+    generation = None if models is None else Generation(project, models, lambda work: thread.submit(work).result())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        if generation is not None:
+            await run_in_threadpool(generation.stop)
+
     app = Starlette(
+        lifespan=lifespan,
         routes=[
             Route("/", label_page),
             Route("/in/{token}", enter),
@@ -51,13 +68,14 @@ def make_app(project: Project, public_url: str | None = None) -> Starlette:
             Route("/api/skip", post_skip, methods=["POST"]),
             Route("/api/undo", post_undo, methods=["POST"]),
             *lead_routes(),
+            *(live_routes() if generation else []),
             Mount("/static", StaticFiles(directory=HERE / "static")),
         ],
         middleware=[Middleware(Guard, public_host=public_host)],  # type: ignore[arg-type]
         exception_handlers={Refused: _refused, sqlite3.OperationalError: _store_failed, 404: _not_found},  # type: ignore[dict-item]
     )
     app.state.project = project
-    app.state.thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+    app.state.thread, app.state.generation = thread, generation
     app.state.templates = Jinja2Templates(directory=HERE / "templates")
     app.state.secure = bool(public_url and public_url.startswith("https://"))
     return app
@@ -129,7 +147,9 @@ async def label_page(request: Request) -> Response:
     context = {
         "title": project.settings.title,
         "labeler": labeler,
-        "settings": json.dumps(asdict(project.settings)),
+        # Which model answers is not for labelers to know.
+        "settings": json.dumps({**asdict(project.settings), "model": None}),
+        "chat": project.settings.mode == "chat",
         "guidelines": guidelines_html(project.folder),
     }
     templates: Jinja2Templates = request.app.state.templates
@@ -146,6 +166,9 @@ async def get_item(request: Request) -> Response:
         raise Refused(422, "`item` must be a whole number.")
     if wanted:
         return JSONResponse(await in_store(request, lambda project, labeler: work_on(project, labeler, int(wanted))))
+    generation: Generation | None = request.app.state.generation
+    if generation is not None:
+        return JSONResponse(await in_store(request, lambda project, labeler: live_work(project, labeler, generation)))
     return JSONResponse(await in_store(request, current_work))
 
 

@@ -21,6 +21,7 @@ class Assignment:
     Attributes:
         shown: which response of the file stands at each place of the page.
         state: "open", "expired" (open once, given to others since), "done" or "skipped".
+        adjudication: given to a lead who judges beside the others.
     """
 
     item: int
@@ -28,6 +29,7 @@ class Assignment:
     shown: list[int]
     state: str
     given: float
+    adjudication: bool
 
 
 def recount_slots(connection: sqlite3.Connection, overlap: int, item: int | None = None) -> None:
@@ -73,7 +75,12 @@ def own_assignment(store: Store, labeler: int, item: int) -> Assignment:
     if row is None:
         raise Refused(409, "This item was not given to you.")
     return Assignment(
-        item=item, row=json.loads(row["row"]), shown=json.loads(row["shown"]), state=row["state"], given=row["given"]
+        item=item,
+        row=json.loads(row["row"]),
+        shown=json.loads(row["shown"]),
+        state=row["state"],
+        given=row["given"],
+        adjudication=bool(row["adjudication"]),
     )
 
 

@@ -15,6 +15,7 @@ from pipeline.labeling.items import item_key
 from pipeline.labeling.labelers import check_name
 from pipeline.labeling.labels import current_label
 from pipeline.labeling.project import Project, open_project
+from pipeline.labeling.settings import read_settings, setting_error
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ def import_labels(folder: Path, source: Path) -> Imported:
     if not source.is_file():
         raise UserError("does not exist", file=source)
     folder.mkdir(parents=True, exist_ok=True)
+    if read_settings(folder).mode == "chat":
+        raise setting_error(folder, "mode", "with `mode: chat` no rows are labeled; import into a folder of its own")
     items = list(read_labels(source))
     for item in items:
         try:

@@ -54,12 +54,16 @@ def item_files(folder: Path) -> list[Path]:
         raise UserError(
             "is no folder; make it and put a file of answers into it (.jsonl with prompt, responses)", file=folder
         )
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.lower().endswith(SUFFIXES))
+    files = sorted(filter(is_item_file, folder.iterdir()))
     if not any(not is_calibration(path) for path in files):
         raise UserError(
             "holds no file of rows to label; put a .jsonl with `prompt` and `responses` into it", file=folder
         )
     return files
+
+
+def is_item_file(path: Path) -> bool:
+    return path.is_file() and path.name.lower().endswith(SUFFIXES)
 
 
 def is_calibration(path: Path) -> bool:

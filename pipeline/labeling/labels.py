@@ -15,7 +15,13 @@ from pipeline.labeling.settings import Settings
 from pipeline.labeling.store import Store
 
 MAX_DRAFT_CHARACTERS = 500_000
+WENT_ON = "The conversation has gone on or ended since this choice, so it cannot be changed any more."
 _REQUEST = re.compile(r"[\w-]{8,64}")
+# Whether `item` is a comparison in a chat that has gone on or ended since.
+_WENT_ON_SINCE = (
+    "EXISTS (SELECT 1 FROM turns t JOIN conversations c ON c.id = t.conversation WHERE t.item = {item} AND (c.ended "
+    "IS NOT NULL OR EXISTS (SELECT 1 FROM turns later WHERE later.conversation = c.id AND later.number > t.number)))"
+)
 
 
 @dataclass(frozen=True)
@@ -75,16 +81,34 @@ def skip(store: Store, settings: Settings, labeler: int, submission: Submission)
     )
 
 
+def check_request(name: Any) -> None:
+    if not isinstance(name, str) or not _REQUEST.fullmatch(name):
+        raise Refused(422, "A submission needs a name of its own (`request`).")
+
+
 def _sent_before(store: Store, labeler: int, submission: Submission) -> int | None:
     """The label that this very submission made, where its confirmation was lost on the way."""
-    if not isinstance(submission.request, str) or not _REQUEST.fullmatch(submission.request):
-        raise Refused(422, "A submission needs a name of its own (`request`).")
+    check_request(submission.request)
     row = store.connection.execute(
         "SELECT id, item FROM labels WHERE labeler = ? AND request = ?", (labeler, submission.request)
     ).fetchone()
     if row is not None and row["item"] != submission.item:
         raise Refused(409, "This submission was sent before, for another item.")
     return row["id"] if row else None
+
+
+def went_on(connection: sqlite3.Connection, item: int) -> bool:
+    """Whether the item is a comparison in a chat that has gone on or ended since."""
+    return bool(connection.execute(f"SELECT {_WENT_ON_SINCE.format(item='?')}", (item,)).fetchone()[0])
+
+
+def _check_last(connection: sqlite3.Connection, item: int, labeler: int) -> None:
+    """The labeler whose conversation went on cannot choose otherwise; a lead still may judge it."""
+    row = connection.execute(
+        "SELECT adjudication FROM assignments WHERE item = ? AND labeler = ?", (item, labeler)
+    ).fetchone()
+    if went_on(connection, item) and not row["adjudication"]:
+        raise Refused(409, WENT_ON)
 
 
 def _save(
@@ -102,6 +126,7 @@ def _save(
     with store.transaction() as connection:
         current = current_label(connection, labeler, assignment.item)
         _check_replaces(current, submission.replaces)
+        _check_last(connection, assignment.item, labeler)
         if current is not None:
             connection.execute("UPDATE labels SET current = 0 WHERE id = ?", (current["id"],))
         number = connection.execute(
@@ -147,6 +172,7 @@ def undo(store: Store, settings: Settings, labeler: int, label: int) -> int:
         item = int(row["item"])
         if not row["current"] and current_label(connection, labeler, item) is not None:
             raise Refused(409, "This label was changed in the meantime. Load the page again.")
+        _check_last(connection, item, labeler)
         if row["current"]:
             connection.execute("UPDATE labels SET current = 0 WHERE id = ?", (label,))
             shown = own_assignment(store, labeler, item).shown
@@ -181,7 +207,8 @@ def draft_of(store: Store, labeler: int, item: int) -> Any:
 def history(store: Store, labeler: int, most: int = 200) -> list[dict[str, Any]]:
     """A labeler's own labels, the newest first."""
     rows = store.connection.execute(
-        "SELECT l.id, l.item, l.kind, l.exported FROM labels l WHERE l.labeler = ? AND l.current = 1 ORDER BY l.id DESC LIMIT ?",
+        f"SELECT l.id, l.item, l.kind, l.exported, {_WENT_ON_SINCE.format(item='l.item')} AS went_on FROM labels l "
+        "WHERE l.labeler = ? AND l.current = 1 ORDER BY l.id DESC LIMIT ?",
         (labeler, most),
     )
-    return [dict(row) for row in rows]
+    return [{**row, "went_on": bool(row["went_on"])} for row in map(dict, rows)]

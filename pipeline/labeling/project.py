@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.data.hashing import sha256_file
 from pipeline.errors import UserError
 from pipeline.labeling.assignment import recount_slots
-from pipeline.labeling.items import Item, is_calibration, item_files, read_items
+from pipeline.labeling.items import Item, is_calibration, is_item_file, item_files, read_items
 from pipeline.labeling.settings import Settings, read_settings
 from pipeline.labeling.store import DATABASE, Store
 
@@ -40,8 +40,8 @@ def open_project(folder: Path) -> Project:
     Raises:
         UserError: no rows, bad rows or settings, a damaged database, or rows that changed under their labels.
     """
-    files = item_files(folder)
     settings = read_settings(folder)
+    files = rows_to_label(folder, settings)
     store = Store(folder)
     try:
         _read_files(store, files, settings)
@@ -49,6 +49,20 @@ def open_project(folder: Path) -> Project:
         store.close()
         raise
     return Project(folder=folder, settings=settings, store=store)
+
+
+def rows_to_label(folder: Path, settings: Settings) -> list[Path]:
+    """The files of a folder that hold rows; none where labelers chat.
+
+    Raises:
+        UserError: none where there must be some, or some where there must be none.
+    """
+    if settings.mode != "chat":
+        return item_files(folder)
+    for path in sorted(folder.iterdir()):
+        if is_item_file(path):
+            raise UserError("with `mode: chat` no rows are labeled; move this file to a folder of its own", file=path)
+    return []
 
 
 def open_existing(folder: Path) -> Project:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.labeling.app import make_app
-from pipeline.labeling.items import item_files
 from pipeline.labeling.labelers import add_labeler, labelers
-from pipeline.labeling.project import Project, open_project
+from pipeline.labeling.live import Models, check_models
+from pipeline.labeling.project import Project, open_project, rows_to_label
+from pipeline.labeling.settings import Settings, read_settings
 from pipeline.labeling.store import lock_folder
 
 import uvicorn
@@ -40,25 +41,32 @@ class Address:
         return f"http://{host}:{port}"
 
 
-def serve(folder: Path, address: Address, say: Callable[[str], None]) -> None:
+def serve(
+    folder: Path, address: Address, say: Callable[[str], None], load_models: Callable[[Settings], Models] | None = None
+) -> None:
     """Serve a folder until a signal comes.
 
     Args:
+        load_models: loads what labelers chat with, where the settings say so.
         say: told the address, and on the first start the lead's link.
 
     Raises:
-        UserError: no rows, bad rows, a port in use, or another server on the folder.
+        UserError: no rows, bad rows or models, a port in use, or another server on the folder.
     """
-    item_files(folder)  # its errors, before anything is written
+    settings = read_settings(folder)
+    rows_to_label(folder, settings)  # its errors, before anything is written
+    models = load_models(settings) if load_models and settings.mode == "chat" else None
     with contextlib.ExitStack() as stack:
-        listening = stack.enter_context(_listen(address))
+        listening = stack.enter_context(listen(address))
         url = address.url(listening.getsockname()[1])
         stack.enter_context(lock_folder(folder, url))
         stack.enter_context(_logging_to(folder / LOG))
         project = open_project(folder)
         stack.callback(project.store.close)
+        if models is not None:
+            check_models(project.store, models.identities, folder)
         _announce(project, url, say)
-        app = make_app(project, address.public_url)
+        app = make_app(project, address.public_url, models)
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -70,7 +78,12 @@ def serve(folder: Path, address: Address, say: Callable[[str], None]) -> None:
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def _listen(address: Address) -> socket.socket:
+def listen(address: Address) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        UserError: the port is in use, or is none.
+    """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     # asyncio sends small packets at once only on sockets that name TCP.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -94,9 +107,12 @@ def _announce(project: Project, url: str, say: Callable[[str], None]) -> None:
     ).fetchone()
     labels = connection.execute("SELECT count(*) FROM labels WHERE current = 1 AND kind = 'label'").fetchone()[0]
     people = labelers(project.store)
-    say(
-        f"labeling page of {project.folder}: {items:,} items, {calibration:,} for calibration, {labels:,} labels so far"
-    )
+    if project.settings.mode == "chat":
+        say(f"live chat of {project.folder}: {items:,} comparisons, {labels:,} labels so far")
+    else:
+        say(
+            f"labeling page of {project.folder}: {items:,} items, {calibration:,} for calibration, {labels:,} labels so far"
+        )
     if not any(person.lead for person in people):
         say(f"the lead's link, shown this once: {url}/in/{add_labeler(project.store, 'lead', lead=True)}")
     if not any(not person.lead for person in people):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from pipeline.data.labeler_agreement import LabelerAgreement
+from pipeline.labeling.conversations import outcomes
 
 RECENT_SECONDS = 3600.0
 
@@ -96,6 +97,7 @@ class ProjectStatistics:
     alpha: float | None = None
     judged_pairs: int = 0
     disagreements: list[Disagreement] = field(default_factory=list)
+    chat: Counter[str] = field(default_factory=Counter)  # conversations, and turns by outcome
 
 
 def project_statistics(connection: sqlite3.Connection, now: float, overlap: int) -> ProjectStatistics:
@@ -126,6 +128,7 @@ def project_statistics(connection: sqlite3.Connection, now: float, overlap: int)
         row[0] for row in connection.execute("SELECT item FROM assignments WHERE adjudication = 1 AND state = 'done'")
     }
     _add_agreement(connection, result, regular, adjudicated)
+    result.chat = outcomes(connection)
     return result
 
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 DATABASE = "labels.sqlite3"
 LOCK = "labels.lock"
 _APPLICATION = 0x524C4846  # "RLHF": what SQLite's header calls our files
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE labelers (
@@ -59,6 +59,22 @@ CREATE INDEX labels_labeler ON labels (labeler, id) WHERE current = 1;
 CREATE TABLE drafts (
     item INTEGER NOT NULL, labeler INTEGER NOT NULL, draft TEXT NOT NULL, PRIMARY KEY (item, labeler)
 ) STRICT, WITHOUT ROWID;
+"""
+# Added by version 2.
+_CHAT_SCHEMA = """
+CREATE TABLE conversations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, labeler INTEGER NOT NULL REFERENCES labelers,
+    system TEXT NOT NULL, begun REAL NOT NULL, ended REAL
+) STRICT;
+CREATE UNIQUE INDEX conversations_open ON conversations (labeler) WHERE ended IS NULL;
+CREATE TABLE turns (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, conversation INTEGER NOT NULL REFERENCES conversations,
+    number INTEGER NOT NULL, request TEXT NOT NULL, question TEXT NOT NULL, at REAL NOT NULL,
+    outcome TEXT NOT NULL CHECK (outcome IN ('waiting', 'answered', 'compared', 'identical', 'one_empty', 'empty', 'failed')),
+    answer TEXT, source TEXT,  -- of the one answer, as JSON
+    item INTEGER UNIQUE REFERENCES items,
+    UNIQUE (conversation, number), UNIQUE (conversation, request)
+) STRICT;
 """
 
 
@@ -115,17 +131,28 @@ class Store:
     def _create(self) -> None:
         """All of the schema or none of it."""
         self.connection.executescript(
-            f"BEGIN IMMEDIATE; {_SCHEMA} INSERT INTO meta VALUES ('project', '{secrets.token_hex(4)}');"
+            f"BEGIN IMMEDIATE; {_SCHEMA} {_CHAT_SCHEMA} INSERT INTO meta VALUES ('project', '{secrets.token_hex(4)}');"
             f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {_VERSION}; COMMIT;"
         )
 
     def _check(self) -> None:
         version = self.connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 1:
+            self._add_chat()
+            version = self.connection.execute("PRAGMA user_version").fetchone()[0]
         if version != _VERSION:
             raise UserError(f"was written by another version of rlhf ({version}, here {_VERSION})", file=self.path)
         found = self.connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise sqlite3.DatabaseError(found)
+
+    def _add_chat(self) -> None:
+        """Bring a database of version 1 up to date; another process may just have done so."""
+        with self.transaction() as connection:
+            if connection.execute("PRAGMA user_version").fetchone()[0] == 1:
+                for statement in _CHAT_SCHEMA.split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
 
     def close(self) -> None:
         self.connection.close()

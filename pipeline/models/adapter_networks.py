@@ -14,9 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.models.language_model import LanguageModel
-from pipeline.models.loading import disable_noise, load_causal_lm
+from pipeline.models.loading import disable_noise, load_causal_lm, without_checkpointing
 from pipeline.models.lora import lora_config, read_adapter
 from pipeline.models.networks import (
+    LANGUAGE_MODEL_METHODS,
     Autocast,
     Measurements,
     Networks,
@@ -28,6 +29,7 @@ from pipeline.models.networks import (
     zero_head,
 )
 from pipeline.models.reward_model import load_scalar_model, scalar_head, score_offset, set_offset
+from pipeline.models.sharding import Sharding, first_process, gathered, whole, whole_state_dict
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -77,10 +79,20 @@ class AdapterNetworks(Networks):
         self._activate(POLICY)
         for parameter in self._parameters_of(POLICY) + self._parameters_of("value"):
             parameter.data = parameter.data.float()  # master weights are fp32, also on a quantised base
+        self._list_trained()
+
+    def _list_trained(self) -> None:
         self.trained = {
             "policy": self._parameters_of(POLICY),
             "value": [*self._parameters_of("value"), *self.head.parameters()],
         }
+
+    def shard(self, sharding: Sharding) -> None:
+        sharding.shard(self.policy, methods=LANGUAGE_MODEL_METHODS, sum_gradients=True)
+        for head in (self.head, *([] if self.reward is None else [self.reward.head])):
+            sharding.shard(head, sum_gradients=True)
+        self.sharded = True
+        self._list_trained()
 
     def _add_reward(
         self, path: str, config: LoraConfig, weights: dict[str, Tensor], head: Tensor, value_from_reward: bool
@@ -155,11 +167,18 @@ class AdapterNetworks(Networks):
 
     @contextlib.contextmanager
     def sampler(self, network: str) -> Any:
-        with self.active(POLICY if network == "policy" else None):
+        with (
+            self.active(POLICY if network == "policy" else None),
+            gathered(self.policy),
+            without_checkpointing(self.policy),
+        ):
             yield self.policy.model
 
     def models(self) -> list[Any]:
         return [self.policy.model]
+
+    def frozen(self) -> list[nn.Module]:
+        return []  # the base is the policy's too
 
     def state_dict(self) -> dict[str, Any]:
         adapters = {name: get_peft_model_state_dict(self.peft, adapter_name=name) for name in (POLICY, "value")}
@@ -171,27 +190,44 @@ class AdapterNetworks(Networks):
         self.head.load_state_dict(state["value_head"])
 
     def save_policy(self, folder: Path) -> None:
-        self._merged(folder, POLICY, load_causal_lm(self.base_path)).save_pretrained(folder)
+        self._save_adapter(folder, POLICY)
+        if first_process():
+            _merged(folder, load_causal_lm(self.base_path)).save_pretrained(folder)
+
+    def save_reference(self, folder: Path) -> None:
+        if first_process():
+            load_causal_lm(self.base_path).save_pretrained(folder)
 
     def save_value(self, folder: Path) -> None:
-        merged = self._merged(folder, "value", load_scalar_model(self.base_path))
+        self._save_adapter(folder, "value")
+        head = whole(self.head.weight)
+        if not first_process():
+            return
+        merged = _merged(folder, load_scalar_model(self.base_path))
         with torch.no_grad():
-            scalar_head(merged).weight.copy_(self.head.weight)
+            scalar_head(merged).weight.copy_(head)
         set_offset(merged, self.offset)
         merged.save_pretrained(folder)
 
-    def _merged(self, folder: Path, adapter: str, base: Any) -> Any:
-        """The fp32 base with an adapter merged in: quantised weights would be merged with their rounding."""
-        self.peft.save_pretrained(str(folder / "adapter"), selected_adapters=[adapter])
+    def _save_adapter(self, folder: Path, adapter: str) -> None:
+        """`adapter/` of a folder; called by every process, written by the first."""
+        state = whole_state_dict(self.peft.state_dict()) if self.sharded else None
+        if not first_process():
+            return
+        self.peft.save_pretrained(str(folder / "adapter"), selected_adapters=[adapter], state_dict=state)
         nested = folder / "adapter" / adapter  # peft gives every adapter but `default` a folder of its own
         if nested.is_dir():
             for file in nested.iterdir():
                 file.replace(folder / "adapter" / file.name)
             nested.rmdir()
-        config = LoraConfig.from_pretrained(str(folder / "adapter"))
-        config.task_type = None  # the value model's base is a classifier
-        with torch.no_grad():
-            return PeftModel.from_pretrained(base, folder / "adapter", config=config).merge_and_unload()
+
+
+@torch.no_grad()
+def _merged(folder: Path, base: Any) -> Any:
+    """The fp32 base with the adapter of a folder merged in: quantised weights would be merged with their rounding."""
+    config = LoraConfig.from_pretrained(str(folder / "adapter"))
+    config.task_type = None  # the value model's base is a classifier
+    return PeftModel.from_pretrained(base, folder / "adapter", config=config).merge_and_unload()
 
 
 class AdapterRewardModel(nn.Module):
@@ -203,6 +239,11 @@ class AdapterRewardModel(nn.Module):
         self.config = config
         self.head = nn.Linear(head.shape[1], 1, bias=False).requires_grad_(False)
         self.head.load_state_dict({"weight": head})
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The module whose parameters it computes with, beside its head."""
+        return self._networks[0].policy
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> SimpleNamespace:
         """Raw scores as `logits` (rows, 1), read at each row's last token."""

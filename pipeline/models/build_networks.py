@@ -11,13 +11,13 @@ from pipeline.data.encoding import ChatEncoder
 from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.language_model import LanguageModel
-from pipeline.models.loading import check_context_length, load_causal_lm
+from pipeline.models.loading import check_context_length, checkpoint_activations, load_causal_lm
 from pipeline.models.lora import read_adapter
 from pipeline.models.networks import Networks, SeparateNetworks, SharedTrunkNetworks, zero_value
 from pipeline.models.precision import DevicePlan, cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import load_scalar_model
 from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, require_rows
-from pipeline.models.trials import enable_packed_attention
+from pipeline.models.trials import enable_packed_attention, isolates_packed_documents, require_causal
 
 import torch
 
@@ -28,12 +28,13 @@ logger = logging.getLogger("pipeline.ppo")
 class NetworkInputs:
     """The inputs of `build_networks`.
 
-    args: the recipe. policy: folder of the policy. rewards: folders of the reward models, in the recipe's order.
+    args: the recipe. policy, reference: folders of these models. rewards: folders of the reward models, in the recipe's order.
     stop_ids: never forbidden, although they may be special tokens.
     """
 
     args: Any
     policy: str
+    reference: str
     rewards: Sequence[str]
     encoder: ChatEncoder
     stop_ids: Sequence[int]
@@ -48,6 +49,7 @@ def build_networks(inputs: NetworkInputs, plan: DevicePlan, device: torch.device
     """
     args = inputs.args
     policy = load_causal_lm(inputs.policy, args.quantization)
+    require_causal(policy, inputs.policy)
     require_rows(inputs.encoder.tokenizer, policy, inputs.policy)
     tokens = args.max_prompt_tokens + args.max_response_tokens
     check_context_length(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
@@ -57,6 +59,12 @@ def build_networks(inputs: NetworkInputs, plan: DevicePlan, device: torch.device
     networks.packed = all(takes_packed)
     if not networks.packed:
         logger.warning("ppo: %s takes padded sequences only; its padding is computed too", type(policy).__name__)
+    if args.gradient_checkpointing:
+        for model in networks.models():
+            if model.training:  # not the reference
+                checkpoint_activations(model)
+    if args.ptx_datasets:  # here, where the policy is whole
+        networks.isolates_documents = isolates_packed_documents(networks.policy.model)
     if plan.cast_frozen_to_bf16 and isinstance(networks, SeparateNetworks | SharedTrunkNetworks):
         cast_frozen_linears_to_bf16(networks.reference)  # after packed attention was tried in fp32
     return networks
@@ -69,13 +77,13 @@ def _language_model(model: Any, inputs: NetworkInputs, device: torch.device) -> 
 
 
 def _separate(inputs: NetworkInputs, policy: Any, plan: DevicePlan, device: torch.device) -> SeparateNetworks:
-    reference = _language_model(load_causal_lm(inputs.policy), inputs, device)
+    reference = _language_model(load_causal_lm(inputs.reference), inputs, device)
     value = _value_model(inputs).to(device)
     return SeparateNetworks(_language_model(policy, inputs, device), reference, value, plan.autocast)
 
 
 def _shared_trunk(inputs: NetworkInputs, policy: Any, plan: DevicePlan, device: torch.device) -> SharedTrunkNetworks:
-    reference = _language_model(load_causal_lm(inputs.policy), inputs, device)
+    reference = _language_model(load_causal_lm(inputs.reference), inputs, device)
     networks = SharedTrunkNetworks(_language_model(policy, inputs, device), reference, plan.autocast)
     networks.head.to(device)
     return networks

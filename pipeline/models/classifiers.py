@@ -28,17 +28,24 @@ def classifier_class(config: PreTrainedConfig) -> Any:
     kind = type(config)
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForSequenceClassification
-    return _generic(MODEL_FOR_CAUSAL_LM_MAPPING[kind])
+    return _generic(MODEL_FOR_CAUSAL_LM_MAPPING[kind], kind)  # type: ignore[arg-type]  # a class has a hash
 
 
 @functools.cache
-def _generic(causal: Any) -> Any:
+def _generic(causal: Any, config_class: type[PreTrainedConfig]) -> Any:
     family = next(c for c in causal.__mro__ if c.__name__.endswith("PreTrainedModel") and c is not PreTrainedModel)
     name = family.__name__.removesuffix("PreTrainedModel") + "ForSequenceClassification"
     logger.warning(
         "transformers has no %s; its generic classifier is used, in a folder that plain transformers cannot load", name
     )
-    values = {"base_model_prefix": causal.base_model_prefix, "__init__": _init, "__module__": __name__}
+    values = {
+        "base_model_prefix": causal.base_model_prefix,
+        "config_class": config_class,  # the family's may be that of a model with pictures, built from its defaults
+        "__init__": _init,
+        "__module__": __name__,
+        # transformers skips the buffers of a body, which no file holds, where it takes a class for a user's own
+        "is_custom_code": classmethod(lambda cls: False),  # noqa: ARG005
+    }
     return type(name, (GenericForSequenceClassification, family), values)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.algorithms.logprobs import tempered_logits, token_logprobs
 from pipeline.data.encoding import IGNORE
-from pipeline.models.packed import SequenceBatch, hidden_states, model_inputs
+from pipeline.models.packed import SequenceBatch, body, hidden_states, model_inputs
 from pipeline.models.sizes import CACHED_LOGITS, FEWEST_ROWS, LOGITS_BYTES, ROW_MULTIPLE
 
 import torch
@@ -50,19 +50,24 @@ class LanguageModel(nn.Module):
             logprobs, entropy: (n,) fp32, nats; logprobs carry the gradient.
         """
         if self.direct_head:
-            return self.logprobs(self.hidden(batch), positions, tokens, with_entropy)
+            hidden = hidden_states(body(self.model), batch)[positions]
+            return self._chunked(hidden, tokens, self.temperature, self.forbidden, with_entropy=with_entropy)
         logits = self.model(**model_inputs(batch)).logits.flatten(0, 1)[positions]
         return token_logprobs(tempered_logits(logits, self.temperature, self.forbidden), tokens, with_entropy)
 
     def hidden(self, batch: SequenceBatch) -> Tensor:
         """(tokens, width) last hidden states."""
-        return hidden_states(self.model.base_model, batch)
+        return hidden_states(body(self.model), batch)
 
-    def logprobs(
-        self, hidden: Tensor, positions: Tensor, tokens: Tensor, with_entropy: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `forward`, from hidden states (tokens, width)."""
-        return self._chunked(hidden[positions], tokens, self.temperature, self.forbidden, with_entropy=with_entropy)
+    def logprobs_and_hidden(
+        self, batch: SequenceBatch, positions: Tensor, tokens: Tensor, with_entropy: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `forward`, and the (tokens, width) last hidden states, from one forward pass where `direct_head`."""
+        hidden = hidden_states(body(self.model), batch)
+        if not self.direct_head:  # its logits take a forward pass of their own
+            return *self.forward(batch, positions, tokens, with_entropy), hidden
+        states = hidden[positions]
+        return *self._chunked(states, tokens, self.temperature, self.forbidden, with_entropy=with_entropy), hidden
 
     def text_nll(self, input_ids: Tensor, position_ids: Tensor | None, labels: Tensor) -> Tensor:
         """Summed negative log-likelihood of text, over all of the model's ids and without temperature.
@@ -77,7 +82,7 @@ class LanguageModel(nn.Module):
         if not self.direct_head:
             logits = self.model(input_ids=input_ids, use_cache=False, **packed).logits[:, :-1][counted]
             return -token_logprobs(logits.float(), targets[counted], with_entropy=False)[0].sum()
-        states = self.model.base_model(input_ids=input_ids, use_cache=False, **packed).last_hidden_state
+        states = body(self.model)(input_ids=input_ids, use_cache=False, **packed).last_hidden_state
         logprobs, _ = self._chunked(states[:, :-1][counted], targets[counted], 1.0, None, with_entropy=False)
         return -logprobs.sum()
 
@@ -101,7 +106,8 @@ class LanguageModel(nn.Module):
         pieces = zip(hidden.split(chunk), tokens.split(chunk), strict=True)
         parts = [checkpoint(run, h, t, use_reentrant=False) if recompute else run(h, t) for h, t in pieces]
         entropies = [entropy for _, entropy in parts if entropy is not None]
-        return torch.cat([logprobs for logprobs, _ in parts])[:n], torch.cat(entropies)[:n] if with_entropy else None
+        logprobs = torch.cat([logprobs for logprobs, _ in parts])[:n].clone()  # FSDP2 warns of a module's view
+        return logprobs, torch.cat(entropies)[:n].clone() if with_entropy else None
 
 
 @torch.no_grad()
@@ -121,7 +127,7 @@ def logit_transform(model: Any) -> LogitTransform | None:
     training = model.training
     model.eval()
     own = model(input_ids=ids, use_cache=False).logits.float()
-    direct = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    direct = head(body(model)(input_ids=ids, use_cache=False).last_hidden_state)
     model.train(training)
     transform = _configured_transform(text)
     if torch.allclose(transform(direct).float(), own, atol=1e-4, rtol=1e-4):

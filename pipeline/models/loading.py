@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+CHECKPOINTED = "gradient_checkpointing"  # transformers' attribute of layers
 logger = logging.getLogger(__name__)
 CONFIG_ERRORS = (  # what transformers and torch raise at a configuration that makes no model
     OSError,
@@ -245,12 +246,18 @@ def new_causal_lm(
     return model
 
 
-def check_context_length(config: Any, tokens: int, key: str) -> None:
-    """Refuse more tokens than the model has positions."""
+def context_length(config: Any) -> int | None:
+    """The most tokens that a model reads at once, where its configuration says."""
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    limit: int | None = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if limit is not None and "roberta" in text.model_type:  # its positions count from behind the pad's
         limit -= text.pad_token_id + 1
+    return limit
+
+
+def check_context_length(config: Any, tokens: int, key: str) -> None:
+    """Refuse more tokens than the model has positions."""
+    limit = context_length(config)
     if limit is not None and tokens > limit:
         raise UserError(
             f"{key}: {tokens} tokens exceed the model's context of {limit}; lower it or take a longer context"
@@ -295,3 +302,28 @@ def disable_noise(model: torch.nn.Module) -> None:
             # Some layers (Falcon's) read a rate from the configuration at each pass.
             if any(word in name for word in NOISE) and isinstance(getattr(config, name, None), float):
                 setattr(config, name, 0.0)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute a model's activations, layer by layer, in the backward pass.
+
+    Raises:
+        UserError: its architecture cannot.
+    """
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"gradient_checkpointing: {type(model).__name__} does not support it; drop the key") from error
+
+
+@contextlib.contextmanager
+def without_checkpointing(network: torch.nn.Module) -> Iterator[None]:
+    """Inside, a network that recomputes activations may use its cache, which transformers would take from it."""
+    layers = [module for module in network.modules() if getattr(module, CHECKPOINTED, False) is True]
+    try:
+        for layer in layers:
+            setattr(layer, CHECKPOINTED, False)
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer, CHECKPOINTED, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,17 +193,24 @@ def scale_adapter_head(folder: Path, factor: float) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def save_merged(trained: PeftModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_merged(
+    trained: PeftModel,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    adapter: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """The adapter to `folder/adapter`; to `folder` the fp32 base with the adapter merged in; tokenizer too.
 
     Args:
         trained: the trained adapter on its (possibly 4-/8-bit) base.
+        adapter: its trained parameters by name, gathered, where `trained` is sharded.
         base: the same base, freshly loaded in fp32: quantised weights would merge with their rounding.
     """
     fit_embeddings(base, trained.config.get_text_config().vocab_size)  # the run may have added tokens
     set_pad(base, tokenizer.pad_token_id)
     # Never the embedding, which peft would save whole where pad was added: new rows are the adapter's own.
-    trained.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    trained.save_pretrained(str(folder / "adapter"), save_embedding_layers=False, state_dict=adapter)
     tokenizer.save_pretrained(folder / "adapter")
     with torch.no_grad():
         merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()

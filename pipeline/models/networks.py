@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.models.language_model import LanguageModel
-from pipeline.models.loading import disable_noise
+from pipeline.models.loading import disable_noise, without_checkpointing
 from pipeline.models.packed import SequenceBatch, pack, pad
 from pipeline.models.reward_model import ValueModel, init_head, load_scalar_model, scalar_head
+from pipeline.models.sharding import Sharding, first_process, gathered, save_whole, whole
 from pipeline.models.sizes import attention_savings_worth_a_group
 
 import torch
@@ -25,6 +26,11 @@ from transformers import PreTrainedModel
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 PolicyLoss = Callable[[Tensor, Tensor], Tensor]  # of log-probabilities and entropies, (response_tokens,) each
 ValueLoss = Callable[[Tensor], Tensor]  # of values, (value_tokens,)
+LANGUAGE_MODEL_METHODS = (
+    "hidden",
+    "logprobs_and_hidden",
+    "text_nll",
+)  # that compute with its parameters, beside forward
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,15 @@ class Measurements:
     values: Tensor | None
 
 
+def no_policy_loss(logprobs: Tensor, entropy: Tensor) -> Tensor:
+    """The loss of a batch that counts for nothing."""
+    return 0.0 * logprobs.sum()
+
+
+def no_value_loss(values: Tensor) -> Tensor:
+    return 0.0 * values.sum()
+
+
 class Networks:
     """The interface of PPO's networks, however they share parameters.
 
@@ -93,9 +108,13 @@ class Networks:
     trained: the parameters of each optimizer, "policy" and "value".
     parameter_counts: of each network outside embeddings, for counting operations.
     packed: whether forward passes are padding-free.
+    isolates_documents: whether documents that share a row of pretraining text do not see each other.
+    sharded: whether each process holds a part of every network; all processes then make equally many passes.
     """
 
     packed = False
+    isolates_documents = False
+    sharded = False
     policy: LanguageModel
     trained: dict[str, list[nn.Parameter]]
     parameter_counts: dict[str, int]
@@ -114,12 +133,20 @@ class Networks:
     def compute_logprobs_and_values(self, batch: ResponseBatch, with_values: bool) -> Measurements:
         raise NotImplementedError
 
+    def shard(self, sharding: Sharding) -> None:
+        """Shard every network, once its parameters are what they shall be."""
+        raise NotImplementedError
+
     def sampler(self, network: str) -> contextlib.AbstractContextManager[Any]:
-        """The causal LM of "policy" or "reference", to generate with."""
+        """The causal LM of "policy" or "reference", to generate with; whole where it is sharded."""
         raise NotImplementedError
 
     def models(self) -> list[Any]:
         """The transformers models behind the networks."""
+        raise NotImplementedError
+
+    def frozen(self) -> list[nn.Module]:
+        """The networks that measuring and sampling of the reference alone need."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,11 +157,15 @@ class Networks:
         raise NotImplementedError
 
     def save_policy(self, folder: Path) -> None:
-        """A causal LM that plain transformers loads."""
+        """A causal LM that plain transformers loads; called by every process, written by one."""
+        raise NotImplementedError
+
+    def save_reference(self, folder: Path) -> None:
+        """The reference as a causal LM; called by every process, written by one."""
         raise NotImplementedError
 
     def save_value(self, folder: Path) -> None:
-        """A sequence classifier of one label that plain transformers loads."""
+        """A sequence classifier of one label that plain transformers loads; called by every process, written by one."""
         raise NotImplementedError
 
 
@@ -151,12 +182,22 @@ class SeparateNetworks(Networks):
             disable_noise(model)
         self.policy, self.value = policy.train(), ValueModel(value).train()
         self.reference = reference.eval().requires_grad_(False)
-        self.trained = {"policy": list(self.policy.parameters()), "value": list(self.value.parameters())}
+        self._list_trained()
         self.parameter_counts = {
             "policy": size_of(policy.model),
             "reference": size_of(reference.model),
             "value": size_of(value),
         }
+
+    def _list_trained(self) -> None:
+        self.trained = {"policy": list(self.policy.parameters()), "value": list(self.value.parameters())}
+
+    def shard(self, sharding: Sharding) -> None:
+        for network in (self.policy, self.reference):
+            sharding.shard(network, methods=LANGUAGE_MODEL_METHODS, sum_gradients=True)
+        sharding.shard(self.value, sum_gradients=True)
+        self.sharded = True
+        self._list_trained()
 
     def accumulate_gradients(self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss) -> None:
         if policy_loss is not None:
@@ -177,10 +218,15 @@ class SeparateNetworks(Networks):
 
     @contextlib.contextmanager
     def sampler(self, network: str) -> Any:
-        yield (self.policy if network == "policy" else self.reference).model
+        chosen = self.policy if network == "policy" else self.reference
+        with gathered(chosen), without_checkpointing(chosen):
+            yield chosen.model
 
     def models(self) -> list[Any]:
         return [self.policy.model, self.reference.model, self.value.model]
+
+    def frozen(self) -> list[nn.Module]:
+        return [self.reference]
 
     def state_dict(self) -> dict[str, Any]:
         return {"policy": self.policy.model.state_dict(), "value": self.value.model.state_dict()}
@@ -190,10 +236,13 @@ class SeparateNetworks(Networks):
         self.value.model.load_state_dict(state["value"])
 
     def save_policy(self, folder: Path) -> None:
-        self.policy.model.save_pretrained(folder)
+        save_whole(self.policy.model, folder)
+
+    def save_reference(self, folder: Path) -> None:
+        save_whole(self.reference.model, folder)
 
     def save_value(self, folder: Path) -> None:
-        self.value.model.save_pretrained(folder)
+        save_whole(self.value.model, folder)
 
 
 class SharedTrunkNetworks(Networks):
@@ -206,24 +255,30 @@ class SharedTrunkNetworks(Networks):
         self.policy = policy.train()
         self.reference = reference.eval().requires_grad_(False)
         self.head = zero_head(policy.model)
-        self.trained = {"policy": list(self.policy.parameters()), "value": list(self.head.parameters())}
+        self._list_trained()
         self.parameter_counts = {"policy": size_of(policy.model), "reference": size_of(reference.model), "value": 0}
 
-    def accumulate_gradients(self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss) -> None:
-        with self.autocast(), torch.set_grad_enabled(policy_loss is not None):
-            hidden = self.policy.hidden(batch.sequences)
-        loss = value_loss(self._values(hidden, batch))
-        if policy_loss is not None:
-            with self.autocast():
-                logprobs, entropy = self._logprobs(hidden, batch, with_entropy=True)
-            assert entropy is not None
-            loss = policy_loss(logprobs, entropy) + loss
-        loss.backward()
+    def _list_trained(self) -> None:
+        self.trained = {"policy": list(self.policy.parameters()), "value": list(self.head.parameters())}
 
-    def _logprobs(self, hidden: Tensor, batch: ResponseBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        if not self.policy.direct_head:  # its logits take a forward pass of its own
-            return self.policy(batch.sequences, batch.token_positions, batch.tokens, with_entropy)
-        return self.policy.logprobs(hidden, batch.token_positions, batch.tokens, with_entropy)
+    def shard(self, sharding: Sharding) -> None:
+        for network in (self.policy, self.reference):
+            sharding.shard(network, methods=LANGUAGE_MODEL_METHODS, sum_gradients=True)
+        sharding.shard(self.head, sum_gradients=True)
+        self.sharded = True
+        self._list_trained()
+
+    def accumulate_gradients(self, batch: ResponseBatch, policy_loss: PolicyLoss | None, value_loss: ValueLoss) -> None:
+        where = (batch.sequences, batch.token_positions, batch.tokens)
+        if policy_loss is None:
+            with self.autocast(), torch.no_grad():
+                hidden = self.policy.hidden(batch.sequences)
+            value_loss(self._values(hidden, batch)).backward()
+            return
+        with self.autocast():
+            logprobs, entropy, hidden = self.policy.logprobs_and_hidden(*where)
+        assert entropy is not None
+        (policy_loss(logprobs, entropy) + value_loss(self._values(hidden, batch))).backward()
 
     def _values(self, hidden: Tensor, batch: ResponseBatch) -> Tensor:
         return head_values(self.head, hidden[batch.value_positions])
@@ -231,19 +286,23 @@ class SharedTrunkNetworks(Networks):
     @torch.no_grad()
     def compute_logprobs_and_values(self, batch: ResponseBatch, with_values: bool) -> Measurements:
         with self.autocast():
-            hidden = self.policy.hidden(batch.sequences)
-            logprobs, _ = self._logprobs(hidden, batch, with_entropy=False)
             where = (batch.sequences, batch.token_positions, batch.tokens)
+            logprobs, _, hidden = self.policy.logprobs_and_hidden(*where, with_entropy=False)
             ref_logprobs, _ = self.reference(*where, with_entropy=False)
             values = self._values(hidden, batch) if with_values else None
         return Measurements(logprobs, ref_logprobs, values)
 
     @contextlib.contextmanager
     def sampler(self, network: str) -> Any:
-        yield (self.policy if network == "policy" else self.reference).model
+        chosen = self.policy if network == "policy" else self.reference
+        with gathered(chosen), without_checkpointing(chosen):
+            yield chosen.model
 
     def models(self) -> list[Any]:
         return [self.policy.model, self.reference.model]
+
+    def frozen(self) -> list[nn.Module]:
+        return [self.reference]
 
     def state_dict(self) -> dict[str, Any]:
         return {"policy": self.policy.model.state_dict(), "value_head": self.head.state_dict()}
@@ -253,13 +312,19 @@ class SharedTrunkNetworks(Networks):
         self.head.load_state_dict(state["value_head"])
 
     def save_policy(self, folder: Path) -> None:
-        self.policy.model.save_pretrained(folder)
+        save_whole(self.policy.model, folder)
+
+    def save_reference(self, folder: Path) -> None:
+        save_whole(self.reference.model, folder)
 
     def save_value(self, folder: Path) -> None:
-        self.policy.model.save_pretrained(folder)  # a classifier is loaded from a causal LM's folder, with a new head
+        save_whole(self.policy.model, folder)  # a classifier is loaded from a causal LM's folder, with a new head
+        head = whole(self.head.weight)
+        if not first_process():
+            return
         value: Any = load_scalar_model(str(folder))
         with torch.no_grad():
-            scalar_head(value).weight.copy_(self.head.weight)
+            scalar_head(value).weight.copy_(head)
         value.save_pretrained(folder)
 
 

@@ -22,7 +22,7 @@ from pipeline.models.sizes import LENGTH_MULTIPLE, TOKEN_MULTIPLE, attention_sav
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -134,6 +134,13 @@ def model_inputs(batch: SequenceBatch) -> dict[str, Any]:
         "packing": batch.layout,
         "use_cache": False,
     }
+
+
+def body(model: Any) -> Any:
+    """A language model without its head. Llama 4's text model has another name than its class says."""
+    if model.base_model is not model:
+        return model.base_model
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
 
 
 def hidden_states(backbone: Any, batch: SequenceBatch) -> Tensor:

@@ -64,7 +64,8 @@ def device_plan(device_type: str, precision: str) -> DevicePlan:
 
 def accelerator_type() -> str:
     """The type of the device that stages run on: where tensors are, whatever decisions a test pretends."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    cpu_alone = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # accelerate's own variable
+    return "cuda" if torch.cuda.is_available() and not cpu_alone else "cpu"
 
 
 def gpu_count() -> int:

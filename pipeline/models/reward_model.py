@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from pipeline.data.batching import microbatches
 from pipeline.data.collators import right_pad
@@ -18,7 +19,6 @@ from pipeline.models.packed import SequenceBatch, hidden_states, is_packed, pack
 from pipeline.models.sizes import SCORING_TOKENS, attention_savings_worth_a_group
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,14 +27,17 @@ OFFSET = "score_offset"
 
 def load_scalar_model(path: str, quantization: str | None = None) -> PreTrainedModel:
     """A sequence classifier with one label, fp32; a causal LM's folder gets a new head."""
-    # Loading a causal LM as a classifier reports the unused LM head and the new score head; both are the point here.
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # Loading a causal LM as a classifier reports the unused LM head and the new score head, which are the point here, and
+    # layers that tensor parallelism, which nobody asked for, would leave whole.
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         return load_classifier(path, quantization)
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def check_one_score_head(path: str) -> None:
@@ -84,28 +87,31 @@ def apply_head(model: nn.Module, hidden: Tensor) -> Tensor:
     """
     head = scalar_head(model)
     with torch.autocast(hidden.device.type, enabled=False):
-        bias = None if head.bias is None else head.bias.to(torch.promote_types(head.bias.dtype, torch.float32))
-        dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        return F.linear(hidden.to(dtype), head.weight.to(dtype), bias)[..., 0]
+        return head(hidden.to(head.weight.dtype))[..., 0]  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def score_ids(
-    model: nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, tokens_per_batch: int = SCORING_TOKENS
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    tokens_per_batch: int = SCORING_TOKENS,
+    share: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Centred scores of token sequences, each read at its last token; packed if the model takes packed sequences.
 
     Args:
         sequences: token ids, prompt and response, the end token last where the response ended.
         tokens_per_batch: tokens of one forward pass.
+        share: (i, n): every n-th pass from the i-th alone, equally many for each i. The sum over i is all scores.
 
     Returns:
-        (sequences,) fp32 on the CPU.
+        (sequences,) fp32 on the CPU; 0 where another share computes it.
     """
-    scores = torch.empty(len(sequences))
+    scores = torch.zeros(len(sequences))
     device = next(model.parameters()).device
     lengths = [len(ids) for ids in sequences]
-    for rows in microbatches(lengths, range(len(sequences)), tokens_per_batch):
+    for rows, counts in _shared(microbatches(lengths, range(len(sequences)), tokens_per_batch), *share):
         ends = torch.tensor([lengths[i] for i in rows], device=device)
         if is_packed(model):
             saving = attention_savings_worth_a_group(device.type)
@@ -115,8 +121,16 @@ def score_ids(
         else:
             input_ids = right_pad([sequences[i] for i in rows], pad_id).to(device)
             raw = scores_at(model, input_ids, torch.arange(input_ids.shape[1], device=device) < ends[:, None])
-        scores[rows] = raw.float().cpu() - score_offset(model)
+        if counts:
+            scores[rows] = raw.float().cpu() - score_offset(model)
     return scores
+
+
+def _shared(batches: Sequence[list[int]], own: int, shares: int) -> Iterator[tuple[list[int], bool]]:
+    """One share of the batches, and whether each counts: those that make shares equal are computed twice."""
+    for start in range(0, len(batches), shares):
+        counts = start + own < len(batches)
+        yield batches[start + own if counts else start], counts
 
 
 def forward_scores(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
@@ -143,12 +157,30 @@ def scores_at(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
 
     `forward_scores` reads at the last token that is not pad, as transformers' classifiers do.
     """
+    if isinstance(model, ScoreReader):
+        return model(input_ids, mask)  # type: ignore[no-any-return]
     if not hasattr(model, "score"):  # an encoder reads its first token, and attends to the mask's tokens alone
         return forward_scores(model, input_ids, mask)
     backbone = getattr(model, str(model.base_model_prefix))
     hidden = backbone(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
     last = mask.sum(1) - 1
     return apply_head(model, hidden[torch.arange(len(last), device=last.device), last])
+
+
+class ScoreReader(nn.Module):
+    """`scores_at` as the forward pass of a module, which can be sharded: that of the model itself reads elsewhere."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Raw scores; shapes as in `scores_at`."""
+        return scores_at(self.model, input_ids, mask)
 
 
 def scale_head(model: nn.Module, factor: float) -> None:

@@ -46,6 +46,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         UserError: there is none, or its files are damaged.
     """
     folder = Path(path)
+    if not folder.exists() and (path.startswith((".", "~", "/", "runs/")) or path.count("/") > 1):  # no Hub id
+        raise UserError(f"no model can be loaded from {path!r}: there is no such folder")
     if folder.is_dir() and not TOKENIZER_FILES.intersection(file.name for file in folder.iterdir()):
         raise UserError(f"no tokenizer can be loaded from {path!r}: the folder holds none; name a model's folder")
     try:
@@ -120,10 +122,15 @@ def set_stop_tokens(model: PreTrainedModel, stop_ids: Sequence[int]) -> None:
 
 
 def require_pad(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Require a pad token other than EOS; otherwise stopping cannot be learned, and the score is read at a wrong token."""
+    """Require a pad token that ends no answer; otherwise stopping cannot be learned, and the score is read at a wrong token."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(
             f"{path!r} has no pad token apart from EOS; run SFT (or reward) from it, which assigns one and saves it"
+        )
+    if tokenizer.chat_template and ChatEncoder(tokenizer).end_id == tokenizer.pad_token_id:
+        raise UserError(
+            f"{path!r} pads with {tokenizer.pad_token!r}, which ends an answer in its chat template; "
+            "run SFT (or reward) from it, which assigns another pad and saves it"
         )
 
 
@@ -158,19 +165,25 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
 
 
-def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str | None:
-    """Give an external model a pad token apart from EOS; returns what was done, or None if it had one."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, end_id: int | None = None) -> str | None:
+    """Give an external model a pad token apart from EOS; returns what was done, or None if it had one.
+
+    Args:
+        end_id: the token that ends an answer, if that is another one: no pad either.
+    """
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, end_id):
         set_pad(model, tokenizer.pad_token_id)
         return None
     vocabulary = tokenizer.get_vocab()
-    taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    ends = {tokenizer.eos_token_id, end_id, tokenizer.bos_token_id, tokenizer.unk_token_id} - {None}
+    taken = set(tokenizer.convert_ids_to_tokens(sorted(ends)))
+    what = "ended answers too" if tokenizer.pad_token_id == end_id is not None else "was missing or equal to EOS"
     existing = next((name for name in PAD_NAMES if name in vocabulary and name not in taken), None)
     tokenizer.add_special_tokens({"pad_token": existing or "<|pad|>"})
     fit_embeddings(model, len(tokenizer))
     set_pad(model, tokenizer.pad_token_id)
     kind = "an existing, unused token" if existing else "a new token"
-    return f"pad was missing or equal to EOS; {tokenizer.pad_token!r} ({kind}, id {tokenizer.pad_token_id}) is pad now"
+    return f"pad {what}; {tokenizer.pad_token!r} ({kind}, id {tokenizer.pad_token_id}) is pad now"
 
 
 def assign_template(
@@ -286,10 +299,7 @@ def complete_chat_model(
     Returns:
         the encoder of the completed tokenizer, and what was done or differs, one line each.
     """
-    done = [
-        assign_template(tokenizer, model, template, folder),
-        add_missing_rows(tokenizer, model),
-        assign_pad(tokenizer, model),
-    ]
+    done = [assign_template(tokenizer, model, template, folder), add_missing_rows(tokenizer, model)]
+    done.append(assign_pad(tokenizer, model, ChatEncoder(tokenizer).end_id))
     encoder = ChatEncoder(tokenizer)
     return encoder, [note for note in (*done, *encoder.notes) if note]

@@ -10,7 +10,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipeline.models.packed import PACKED, SequenceBatch, hidden_states, pack, pad
+from pipeline.errors import UserError
+from pipeline.models.loading import one_line
+from pipeline.models.packed import PACKED, SequenceBatch, body, hidden_states, pack, pad
 from pipeline.models.shrink import has_window, small_copy
 
 import torch
@@ -74,15 +76,41 @@ def _isolates(model: Any) -> bool:
     device = next(model.parameters()).device
     with _evaluating(model), torch.no_grad():
         try:
-            together = model.base_model(
+            together = body(model)(
                 input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False
             ).last_hidden_state[0]
-            alone = [
-                model.base_model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in sequences
-            ]
+            alone = [body(model)(input_ids=torch.tensor([row], device=device), use_cache=False) for row in sequences]
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
     return _close(together, torch.cat([output.last_hidden_state[0] for output in alone]), model)
+
+
+def require_causal(model: Any, name: str) -> None:
+    """Require that logits do not depend on later tokens; a masked model loaded as a language model would see its answers.
+
+    Tried on a small copy, or on the model itself where there is none.
+
+    Raises:
+        UserError: they do, or the forward pass fails.
+    """
+    candidate: Any = small_copy(model.config) or model
+    device = next(candidate.parameters()).device
+    one = torch.tensor([_sequences(candidate)[1]], device=device)
+    two = one.clone()
+    two[0, -1] = one[0, 0]
+    with _evaluating(candidate), torch.no_grad():
+        try:
+            logits = [candidate(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (one, two)]
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            raise UserError(f"{name!r} fails on a row of tokens: {one_line(error)}; give another model") from error
+    finite = bool(
+        torch.isfinite(logits[0]).all() and torch.isfinite(logits[1]).all()
+    )  # else training says that it diverged
+    if finite and not _close(logits[0], logits[1], candidate):
+        raise UserError(
+            f"{name!r} predicts tokens from those that follow them (a masked or bidirectional model, `is_decoder: false`); "
+            "give a causal language model"
+        )
 
 
 def fused_head_gives_the_loss(model: Any) -> bool:
@@ -109,7 +137,7 @@ def _sequences(model: Any) -> list[list[int]]:
 def _states(model: Any, sequences: Sequence[Sequence[int]], batch: SequenceBatch) -> Tensor:
     device = next(model.parameters()).device
     with _evaluating(model), torch.no_grad():
-        states = hidden_states(model.base_model, batch.to(device))
+        states = hidden_states(body(model), batch.to(device))
     starts = batch.starts.tolist()
     return torch.cat([states[start : start + len(row)] for start, row in zip(starts, sequences, strict=True)])
 

@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.models.loading import checkpoint_activations
 from pipeline.planning.parameters import ConfigKey, build, has_experts, layers_of, parameters, with_layers
 
 import torch
@@ -89,7 +90,7 @@ def fake_step(config: PreTrainedConfig, step: Step) -> int:
         dtype = torch.bfloat16 if step.precision == "bf16" else torch.float32
         model = build(config, step.scalar, dtype).train()
         if step.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         tracker = peak_tracker()

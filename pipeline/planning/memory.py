@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.models.sizes import LOGITS_BYTES
@@ -19,6 +19,7 @@ FP32 = 4.0
 WEIGHT_BYTES = {None: FP32, "8bit": 1.0, "4bit": 0.5 + 0.127 / 8}  # NF4, double quantisation (Dettmers et al. 2023)
 ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
 SHARDS_WEIGHTS, SHARDS_STATES = ("zero3", "fsdp2"), ("zero2", "zero3", "fsdp2")
+WHOLE = "whole"  # begins the names of parts that every device holds whole
 HEADS = {"pretrain": "causal", "sft": "tiles", "reward": "score"}  # see `Step`
 
 
@@ -31,16 +32,22 @@ class Setting:
     sharding: str  # none, ddp, zero2, zero3, fsdp2
     mfu: float
     generation_mfu: float
+    replicas: int = 1  # groups of devices that each hold the whole model between them
 
     @property
     def weight_shards(self) -> int:
         """Devices that share the weights."""
-        return self.gpus if self.sharding in SHARDS_WEIGHTS else 1
+        return self.gpus // self.replicas if self.sharding in SHARDS_WEIGHTS else 1
 
     @property
     def state_shards(self) -> int:
         """Devices that share gradients and optimizer states."""
-        return self.gpus if self.sharding in SHARDS_STATES else 1
+        return self.gpus // self.replicas if self.sharding in SHARDS_STATES else 1
+
+    @property
+    def gathered_bytes(self) -> float:
+        """Of a parameter that is gathered, in the dtype that it computes in."""
+        return 2.0 if self.device.bf16 else FP32
 
     @property
     def room(self) -> float:
@@ -55,10 +62,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device by part, and the largest batch that fits: examples per device, or tokens per micro-batch."""
+    """Bytes of one device by part, and the largest batch that fits: examples per device, or tokens per micro-batch.
+
+    whole: of them, what every device holds whole however many share the model. without_whole: bytes needed if none did.
+    """
 
     parts: dict[str, float]
     largest_batch: int
+    whole: dict[str, float] = field(default_factory=dict)
+    without_whole: float = 0.0
 
     @property
     def total(self) -> float:
@@ -68,9 +80,6 @@ class Memory:
 def trainer_memory(name: str, recipe: Any, model: Model, data: Data, setting: Setting) -> Memory:
     """Of pretrain, sft or reward."""
     parts = _trainer_states(name, recipe, model, setting)
-    if setting.weight_shards > 1:
-        parts["gathered layer"] = 2 * FP32 * model.size.largest_layer
-    fixed = sum(parts.values())
     examples = min(recipe.examples_per_device, max(1, recipe.examples_per_step // setting.gpus))
     step = Step(
         rows=max(1, round(examples * data.responses)) if name == "reward" else examples,
@@ -80,6 +89,9 @@ def trainer_memory(name: str, recipe: Any, model: Model, data: Data, setting: Se
         checkpointing=recipe.gradient_checkpointing,
     )
     activations = step_memory(model.config, step)
+    if setting.weight_shards > 1:
+        parts["gathered layers"] = gathered_layers(model, setting, activations)
+    fixed = sum(parts.values())
     parts["activations"] = activations
     return Memory(parts, int(max(0.0, setting.room - fixed) // max(activations / examples, 1.0)))
 
@@ -107,19 +119,85 @@ def _base_bytes(model: Model, quantization: str | None) -> float:
     return WEIGHT_BYTES[quantization] * linear + FP32 * (model.size.total - linear)
 
 
+def gathered_layers(model: Model, setting: Setting, activations: float) -> float:
+    """What a pass of a sharded model holds beside its parts (`models.sharding`) and its activations.
+
+    Forward: what is outside the layers, a layer, and the next one. Backward: also the gradient of a layer, as it was computed and
+    in fp32 as it is added over processes. The same of what is outside the layers comes last, when nothing else is left: it counts
+    as far as it is more than all that a pass held before.
+    """
+    layer, rest = model.size.largest_layer, model.size.outside_layers
+    gradient_bytes = setting.gathered_bytes + FP32
+    return max(
+        setting.gathered_bytes * (rest + 2 * layer) + gradient_bytes * layer, gradient_bytes * rest - activations
+    )
+
+
+# Parts that the phases of a rollout need; in the others `offload:` keeps them in the CPU's memory.
+OFFLOADED = {
+    "none": {},
+    "frozen": {"reference": "measuring", "reward model": "scoring"},
+    "all": {"reference": "measuring", "reward model": "scoring", "optimizer": "update"},
+}
+
+
 def ppo_memory(recipe: Any, models: PPOModels, data: Data, setting: Setting) -> Memory:
     """Of PPO: its phases take turns, the largest counts."""
     parts = _ppo_states(recipe, models, setting)
-    fixed = sum(parts.values())
-    prompt = min(data.tokens, recipe.max_prompt_tokens)
-    length = max(2, int(prompt + recipe.max_response_tokens))
+    needed_in = {part: phase for part, phase in OFFLOADED[recipe.offload].items() if part in parts}
+    fixed = sum(size for part, size in parts.items() if part not in needed_in)
+    length = _longest_sequence(recipe, data)
     rows = max(1, recipe.micro_batch_tokens // length)
-    generated = min(recipe.generation_rows, max(1, recipe.prompts_per_rollout // setting.gpus))
-    cache = cache_bytes(models.policy.config, generated, length, 2 if setting.device.bf16 else 4)
     activations = _update_activations(recipe, models, setting, rows, length)
-    parts["KV cache" if activations < cache else "activations"] = max(activations, cache)
+    phases: dict[str, dict[str, float]] = {"update": {"activations": activations}}
+    if setting.weight_shards > 1:
+        trained = (models.policy, models.value)
+        phases["update"]["gathered layers"] = max(gathered_layers(model, setting, activations) for model in trained)
+    phases |= _phases_without_gradients(recipe, models, setting, length)
+    for part, phase in needed_in.items():  # a pass without gradients keeps no more than the update's
+        phases[phase] = {"activations": activations, **phases.get(phase, {}), part: parts.pop(part)}
+    sizes = {name: sum(phase.values()) for name, phase in phases.items()}
+    largest = phases[max(sizes, key=sizes.__getitem__)]
+    parts |= largest
     room, row = setting.room - fixed, activations / rows
-    return Memory(parts, 0 if room < max(row, cache) else length * int(room // max(row, 1.0)))
+    room_of_rows = room - (sizes.pop("update") - activations)
+    fits = room_of_rows >= row and room >= max(sizes.values(), default=0.0)
+    whole = {part: size for part, size in largest.items() if part.startswith(WHOLE)}
+    shared = max(sum(size for part, size in phase.items() if not part.startswith(WHOLE)) for phase in phases.values())
+    return Memory(parts, length * int(room_of_rows // max(row, 1.0)) if fits else 0, whole, fixed + shared)
+
+
+def _phases_without_gradients(
+    recipe: Any, models: PPOModels, setting: Setting, length: int
+) -> dict[str, dict[str, float]]:
+    """Sampling, and scoring where its network is gathered for it; what else they compute is less than an update's activations."""
+    phases: dict[str, dict[str, float]] = {}
+    if recipe.engine == "local":
+        generated = min(recipe.generation_rows, max(1, recipe.prompts_per_rollout // setting.gpus))
+        phases["sampling"] = {"KV cache": _cache(models, setting, generated, length)}
+    if setting.weight_shards == 1:
+        return phases
+    if recipe.engine == "local":
+        phases["sampling"][f"{WHOLE} policy, to sample"] = setting.gathered_bytes * models.policy.size.total
+    scorer = models.reward.size.total if models.reward else 0
+    phases["scoring"] = {f"{WHOLE} reward model, to score": setting.gathered_bytes * scorer}
+    return phases
+
+
+def _longest_sequence(recipe: Any, data: Data) -> int:
+    """Tokens of a mean prompt and the longest response."""
+    return max(2, int(min(data.tokens, recipe.max_prompt_tokens) + recipe.max_response_tokens))
+
+
+def _cache(models: PPOModels, setting: Setting, rows: int, length: int) -> float:
+    return float(cache_bytes(models.policy.config, rows, length, 2 if setting.device.bf16 else 4))
+
+
+def server_memory(recipe: Any, models: PPOModels, data: Data, setting: Setting) -> dict[str, float]:
+    """Bytes of the vLLM server that samples for all devices: the policy, and the responses that are sampled at once."""
+    rows = min(recipe.generation_rows * setting.gpus, recipe.prompts_per_rollout)
+    weights = setting.gathered_bytes * models.policy.size.total
+    return {"weights": weights, "KV cache": _cache(models, setting, rows, _longest_sequence(recipe, data))}
 
 
 def _ppo_states(recipe: Any, models: PPOModels, setting: Setting) -> dict[str, float]:
@@ -144,6 +222,8 @@ def _ppo_states(recipe: Any, models: PPOModels, setting: Setting) -> dict[str, f
     if recipe.ema_decay:
         parts["average of the policy"] = FP32 * (trained / 2 if recipe.roles == "adapters" else policy)
     parts |= {"gradients": FP32 * trained, "optimizer": ADAM_BYTES["adamw"] * trained}
+    if setting.weight_shards > 1:
+        return {part: size / setting.weight_shards for part, size in parts.items()}
     if setting.gpus > 1:  # flat copies of all gradients, exchanged in buckets (`Processes.sum_gradients`)
         parts["exchange buffers"] = FP32 * trained
     return parts
@@ -151,7 +231,15 @@ def _ppo_states(recipe: Any, models: PPOModels, setting: Setting) -> dict[str, f
 
 def _update_activations(recipe: Any, models: PPOModels, setting: Setting, rows: int, length: int) -> int:
     """The larger of a policy's and a value network's pass, which follow each other."""
-    step = Step(rows, length, "response", recipe.max_response_tokens, setting.precision, logits_bytes=LOGITS_BYTES)
+    step = Step(
+        rows=rows,
+        length=length,
+        head="response",
+        response=recipe.max_response_tokens,
+        precision=setting.precision,
+        checkpointing=recipe.gradient_checkpointing,
+        logits_bytes=LOGITS_BYTES,
+    )
     policy = step_memory(models.policy.config, step)
     if recipe.roles == "shared_trunk":
         return policy

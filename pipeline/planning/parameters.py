@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.models.lora import linear_module_names
+from pipeline.models.sharding import transformer_blocks
 from pipeline.models.shrink import LAYER_NAMES
 
 import torch
@@ -24,13 +26,14 @@ class Parameters:
     """Parameters of a model.
 
     total: all. active: those that one token passes through, less than all in a mixture of experts.
-    linear: in linear layers. largest_layer: of the largest layer.
+    linear: in linear layers. largest_layer: of the largest layer. outside_layers: in none: embeddings, last norm, head.
     """
 
     total: int
     active: int
     linear: int
     largest_layer: int
+    outside_layers: int
 
 
 def build(config: PreTrainedConfig, scalar: bool = False, dtype: torch.dtype = torch.float32) -> Any:
@@ -82,21 +85,18 @@ def _parameters(key: ConfigKey, scalar: bool) -> Parameters:
     if _uniform(key.config) and (depth := layers_of(key.config)) > FEW_LAYERS[1]:
         one, two = (_parameters(ConfigKey(with_layers(key.config, n)), scalar) for n in FEW_LAYERS)
         added = {name: getattr(two, name) - getattr(one, name) for name in ("total", "active", "linear")}
-        return Parameters(
-            **{n: getattr(one, n) + (depth - 1) * more for n, more in added.items()}, largest_layer=one.largest_layer
-        )
+        return dataclasses.replace(one, **{n: getattr(one, n) + (depth - 1) * more for n, more in added.items()})
     with torch.device("meta"):
         model = build(key.config, scalar)
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for name, p in model.named_parameters() if EXPERTS in name.split("."))
-    blocks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in transformer_blocks(model)]
     return Parameters(
         total=total,
         active=round(total - routed * (1 - share_of_experts(key.config))),
         linear=_linear_parameters(model),
-        largest_layer=max(
-            (sum(p.numel() for p in layer.parameters()) for block in blocks for layer in block), default=0
-        ),
+        largest_layer=max(layers, default=0),
+        outside_layers=total - sum(layers),
     )
 
 

@@ -7,20 +7,24 @@ are reached; petaflop/s-days leave attention out, as the papers' numbers do.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.reader import load
 from pipeline.config.stages import STAGES, SUPPORT, recipe_stages
+from pipeline.config.trainer import LoraOptions
 from pipeline.errors import UserError
 from pipeline.models.loading import CONFIG_ERRORS, new_config, one_line, refusing_sizes
 from pipeline.models.tokenizers import load_tokenizer
-from pipeline.planning.advice import advice
+from pipeline.planning.advice import Attempt, advice, attempts, refused_number
+from pipeline.planning.communication import Exchange, ppo_exchange, trainer_exchange
 from pipeline.planning.devices import devices
-from pipeline.planning.memory import Memory, Setting, ppo_memory, trainer_memory
+from pipeline.planning.memory import GIB, Memory, Setting, ppo_memory, server_memory, trainer_memory
 from pipeline.planning.parameters import parameters
 from pipeline.planning.workload import Data, Model, PPOModels, Work, count_data, ppo_work, trainer_work
 from pipeline.training.launcher import accelerate_config
@@ -97,15 +101,21 @@ def _setting(options: PlanOptions) -> Setting:
         raise UserError(
             f"--gpu {options.gpu!r} is not in the table; known: {', '.join(known)}; add it with --devices FILE"
         )
-    sharding = "ddp" if options.gpus > 1 else "none"
+    sharding, replicas = ("ddp" if options.gpus > 1 else "none"), 1
     if options.accelerate:
         config = accelerate_config(options.accelerate)
         kind = config.get("distributed_type")
         if kind == "FSDP":
             sharding = "fsdp2"
+            replicas = int((config.get("parallelism_config") or {}).get("parallelism_config_dp_replicate_size", 1))
+            if options.gpus % max(replicas, 1):
+                raise UserError(
+                    f"dp_replicate_size ({replicas}) does not divide --gpus {options.gpus}; change one of them"
+                )
         elif kind == "DEEPSPEED":
             sharding = f"zero{config['deepspeed_config']['zero_stage']}"
-    return Setting(known[options.gpu.lower()], options.gpus, sharding, options.mfu, options.generation_mfu)
+    device = known[options.gpu.lower()]
+    return Setting(device, options.gpus, sharding, options.mfu, options.generation_mfu, replicas)
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -160,6 +170,11 @@ class StagePlan:
             return ppo_memory(recipe, self.networks(recipe), data, setting)
         return trainer_memory(self.name, recipe, self.model, data, setting)
 
+    def exchange(self, data: Data, setting: Setting) -> Exchange:
+        if self.name == "ppo":
+            return ppo_exchange(self.recipe, self.networks(self.recipe), data, setting)
+        return trainer_exchange(self.name, self.recipe, self.model, setting)
+
     def work(self, data: Data) -> Work:
         if self.name == "ppo":
             tokens = self.options.prompt_tokens, self.options.response_tokens
@@ -192,9 +207,16 @@ def _plan_stage(stage: StagePlan, setting: Setting) -> dict[str, Any]:
     here, refused = _sharded_as_supported(stage, setting)
     data = count_data(stage.name, stage.recipe, stage.model)
     work, memory = stage.work(data), stage.memory(stage.recipe, data, here)
+    exchange = stage.exchange(data, here)
     notes, fits = list(work.notes), memory.total <= here.room
+    if getattr(stage.recipe, "engine", "local") == "vllm":
+        notes.append(_server_note(server_memory(stage.recipe, stage.networks(stage.recipe), data, here), here))
+    if refusal := refused_number(stage.name, stage.recipe, here.gpus):
+        notes.append(refusal)
     if refused:
         notes.append(f"{stage.name} refuses {refused}; planned data-parallel, every device with a whole copy")
+    measure = functools.partial(_memory_with, stage, data)
+    tried = [] if fits else list(attempts(stage.name, stage.recipe, here, measure))
     return {
         "parameters": stage.model.size.total,
         "active_parameters": stage.model.size.active,
@@ -202,25 +224,45 @@ def _plan_stage(stage: StagePlan, setting: Setting) -> dict[str, Any]:
         "tokens": work.tokens,
         "steps": work.steps,
         **_cost(work, setting),
+        "exchange": {part: round(size) for part, size in exchange.parts.items()},
+        "exchange_per_step": round(exchange.total),
         "memory": {part: round(size) for part, size in memory.parts.items()},
         "memory_total": round(memory.total),
         "fits": fits,
         "largest_batch": {"micro_batch_tokens" if stage.name == "ppo" else "examples_per_device": memory.largest_batch},
         "notes": notes,
-        "advice": []
-        if fits
-        else advice(
-            stage.name, stage.recipe, here, memory.total, lambda recipe, where: stage.memory(recipe, data, where)
-        ),
+        "advice": [] if fits else advice(stage.name, stage.recipe, here, tried, measure),
+        "changes": _changes(tried, here),
+    }
+
+
+def _server_note(parts: Mapping[str, float], setting: Setting) -> str:
+    total = sum(parts.values())
+    listed = " and ".join(f"{size / GIB:,.1f} GiB of {part}" for part, size in parts.items())
+    return (
+        f"the vLLM server holds {listed}: at least {math.ceil(total / setting.room):,} × {setting.device.name} of its own, "
+        "which are not counted here"
+    )
+
+
+def _memory_with(stage: StagePlan, data: Data, recipe: Any, setting: Setting) -> Memory:
+    return stage.memory(recipe, data, setting)
+
+
+def _changes(tried: Sequence[Attempt], here: Setting) -> dict[str, Any]:
+    """The keys of the recipe, as YAML could say them, by which it fits without another kind of sharding."""
+    if not tried or not tried[-1].fits or tried[-1].setting.weight_shards != here.weight_shards:
+        return {}
+    return {
+        key: {"r": value.r, "alpha": value.alpha} if isinstance(value, LoraOptions) else value
+        for key, value in tried[-1].changes.items()
     }
 
 
 def _sharded_as_supported(stage: StagePlan, setting: Setting) -> tuple[Setting, str | None]:
     """The setting that the stage runs in, and the sharding that it refuses, if so."""
-    kind = {"fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}.get(setting.sharding)
-    support = SUPPORT[stage.name]
     lora = getattr(stage.recipe, "lora", None) is not None
-    if kind is None or kind in (support.sharding_with_lora if lora else support.sharding):
+    if setting.sharding not in ("zero2", "zero3") or (SUPPORT[stage.name].deepspeed and not lora):
         return setting, None
     return dataclasses.replace(setting, sharding="ddp" if setting.gpus > 1 else "none"), setting.sharding
 

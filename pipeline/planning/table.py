@@ -32,6 +32,8 @@ def print_plan(report: dict[str, Any]) -> None:
     row("time", "hours", duration, total=True)
     row("energy", "energy_kwh", energy, total=True)
     row("cost, USD", "cost_usd", small, total=True)
+    if report["gpus"] > 1:
+        row("sent by a device per step", "exchange_per_step", size)
     for part in dict.fromkeys(part for stage in stages for part in stage["memory"]):
         sizes = (size(stage["memory"][part]) if part in stage["memory"] else "" for stage in stages)
         table.add_row(f"  {part}", *sizes, "")

@@ -78,6 +78,8 @@ def count_data(name: str, recipe: Any, model: Model) -> Data:
         UserError: no data, and no `max_steps:` that would do without; no row fits.
     """
     limit = float(getattr(recipe, LIMITS.get(name, "max_tokens")))
+    if name == "pretrain" and recipe.datasets[0].streaming:
+        return Data(None, limit, counted=False)
     try:
         sources = read_sources(recipe.datasets, SUPPORT[name].rows, recipe.data_root, recipe.data_cache)
     except UserError as error:
@@ -161,7 +163,9 @@ def trainer_work(name: str, recipe: Any, model: Model, data: Data) -> Work:
         notes=_notes_on_experts(model),
     )
     if not data.counted:
-        work.notes.append("no data counted: every row is taken to be as long as the recipe allows")
+        streamed = [str(entry.hub) for entry in recipe.datasets if entry.streaming]
+        what = f"{streamed[0]} is streamed and was not read" if streamed else "no data counted"
+        work.notes.append(f"{what}: every row is taken to be as long as the recipe allows")
     return work
 
 
@@ -188,6 +192,8 @@ def ppo_work(
         "update": float(per_parameter) * recipe.ppo_epochs * (policy + own_value) * tokens,
     }
     work = Work(recipe.total_rollouts * recipe.ppo_epochs * recipe.minibatches, tokens, flops)
+    if recipe.gradient_checkpointing:
+        work.recomputed_flops = 2.0 * recipe.ppo_epochs * (policy + own_value) * tokens
     work.attention_flops = sum(
         attention_flops(model.config, tokens, prompt + response, number) for model, number in passes if number
     )
@@ -212,7 +218,7 @@ def ppo_passes(recipe: Any, models: PPOModels) -> list[tuple[Model, int]]:
     The policy generates, is measured, and is trained in every epoch; the reference and the reward model are measured once;
     the value network is measured and trained, or comes with the policy where they share a backbone.
     """
-    trained = recipe.ppo_epochs * (1 + BACKWARD)
+    trained = recipe.ppo_epochs * (1 + BACKWARD + int(recipe.gradient_checkpointing))
     own_value = 0 if recipe.roles == "shared_trunk" else 1 + trained
     passes = [(models.policy, 2 + trained), (models.policy, 1), (models.value, own_value)]  # the second: the reference
     return [*passes, (models.reward, 1)] if models.reward else passes

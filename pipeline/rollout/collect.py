@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.algorithms.ppo import RunningMoments, missing_eos_scores
 from pipeline.data.batching import microbatches
 from pipeline.data.encoding import ChatEncoder
-from pipeline.models.networks import Networks, response_batch
+from pipeline.models.networks import Measurements, Networks, ResponseBatch, response_batch
 from pipeline.models.precision import DevicePlan
-from pipeline.rollout.engine import Engine, SampledResponse, per_row_uniforms
+from pipeline.rollout.engine import LocalEngine, SampledResponse, per_row_uniforms
 from pipeline.rollout.prompts import Prompt
 from pipeline.rollout.rewards import Answers, Scorer
 from pipeline.rollout.rollout import Sample
+from pipeline.rollout.vllm_engine import VLLMEngine
 from pipeline.training.processes import Processes
 
 import torch
@@ -28,17 +30,21 @@ class Collector:
     """Answers prompts, scores the answers, and computes their log-probabilities and values.
 
     args: the recipe's lengths, positions and rules for scores. stop_ids: tokens that end a response.
+    offloaded: "reference" and "reward", where these networks are on the device inside `with` only.
+    server: samples in place of `engine`; a reference of another size than the policy does not go there.
     """
 
     args: Any
     processes: Processes
     encoder: ChatEncoder
     networks: Networks
-    engine: Engine
+    engine: LocalEngine
     scorer: Scorer
     stop_ids: Sequence[int]
     plan: DevicePlan
     device: torch.device
+    offloaded: Mapping[str, AbstractContextManager[None]] = field(default_factory=dict)
+    server: VLLMEngine | None = None
 
     def collect(
         self, prompts: Sequence[Prompt], seed: int, network: str = "policy", *, values: bool = True
@@ -58,18 +64,21 @@ class Collector:
     def _responses(
         self, prompts: Sequence[Prompt], rows: Sequence[int], seed: int, network: str
     ) -> list[SampledResponse]:
-        if not rows:
-            return []
+        prompt_ids = [prompts[i].ids for i in rows]
         uniforms = per_row_uniforms(seed, rows, self.args.max_response_tokens)
-        with self.plan.sampling(), self.networks.sampler(network) as model:
-            return self.engine.sample(model, [prompts[i].ids for i in rows], uniforms)
+        if self.server is not None and (network == "policy" or self.server.takes_reference):
+            return self.server.sample(prompt_ids, uniforms, network)
+        # All processes enter, since gathering a sharded network is an exchange.
+        with self._on_device(network), self.plan.sampling(), self.networks.sampler(network) as model:
+            return self.engine.sample(model, prompt_ids, uniforms)
+
+    def _on_device(self, network: str) -> AbstractContextManager[None]:
+        return self.offloaded.get(network, nullcontext())
 
     @torch.no_grad()
     def _samples(
         self, prompts: Sequence[Prompt], rows: Sequence[int], responses: Sequence[SampledResponse], values: bool
     ) -> list[Sample]:
-        if not rows:
-            return []
         own_prompts = [prompts[i] for i in rows]
         ids = [response.ids for response in responses]
         answers = Answers(
@@ -79,34 +88,53 @@ class Collector:
             self.encoder.texts(ids),
             [p.row for p in own_prompts],
         )
-        scored = self.scorer(answers)
-        samples: list[Sample] = []
-        lengths = [len(prompt.ids) + len(response) for prompt, response in zip(own_prompts, ids, strict=True)]
-        for group in microbatches(lengths, list(range(len(rows))), MEASURED_TOKENS * self.args.micro_batch_tokens):
-            batch = self.batch([own_prompts[k].ids for k in group], [ids[k] for k in group])
-            measured = self.networks.compute_logprobs_and_values(batch, with_values=values)
-            counts = [len(ids[k]) for k in group]
-            logprobs, ref_logprobs = (_split(x, counts) for x in (measured.logprobs, measured.ref_logprobs))
-            extra = int(self.args.score_position == "after")
-            parts = None if measured.values is None else _split(measured.values, [n + extra for n in counts])
-            samples += [
-                Sample(
-                    prompt=rows[k],
-                    prompt_ids=own_prompts[k].ids,
-                    ids=ids[k],
-                    finished=ids[k][-1] in self.stop_ids,
-                    score=scored.scores[k].item(),
-                    score_parts={name: part[k].item() for name, part in scored.parts.items()},
-                    logprobs=logprobs[position],
-                    ref_logprobs=ref_logprobs[position],
-                    values=None if parts is None else parts[position],
-                    sampled_logprobs=torch.tensor(responses[k].logprobs),
-                )
-                for position, k in enumerate(group)
-            ]
-        return samples
+        with self._on_device("reward"):
+            scored = self.scorer(answers)
+        with self._on_device("reference"):
+            measured = self._measure([p.ids for p in own_prompts], ids, values)
+        return [
+            Sample(
+                prompt=row,
+                prompt_ids=own_prompts[k].ids,
+                ids=ids[k],
+                finished=ids[k][-1] in self.stop_ids,
+                score=scored.scores[k].item(),
+                score_parts={name: part[k].item() for name, part in scored.parts.items()},
+                logprobs=measured[k].logprobs,
+                ref_logprobs=measured[k].ref_logprobs,
+                values=measured[k].values,
+                sampled_logprobs=torch.tensor(responses[k].logprobs),
+            )
+            for k, row in enumerate(rows)
+        ]
 
-    def batch(self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]) -> Any:
+    def _measure(
+        self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]], values: bool
+    ) -> dict[int, Measurements]:
+        """Of each response by its position, on the CPU."""
+        measured: dict[int, Measurements] = {}
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, response_ids, strict=True)]
+        groups = microbatches(lengths, list(range(len(lengths))), MEASURED_TOKENS * self.args.micro_batch_tokens)
+        for group in self.processes.equally_many(groups) if self.networks.sharded else groups:
+            if group is None:  # another process has one more
+                self.networks.compute_logprobs_and_values(self.filler(), with_values=values)
+                continue
+            batch = self.batch([prompt_ids[k] for k in group], [response_ids[k] for k in group])
+            of_group = self.networks.compute_logprobs_and_values(batch, with_values=values)
+            counts = [len(response_ids[k]) for k in group]
+            logprobs, ref_logprobs = (_split(x, counts) for x in (of_group.logprobs, of_group.ref_logprobs))
+            extra = int(self.args.score_position == "after")
+            parts = None if of_group.values is None else _split(of_group.values, [n + extra for n in counts])
+            for i, k in enumerate(group):
+                measured[k] = Measurements(logprobs[i], ref_logprobs[i], None if parts is None else parts[i])
+        return measured
+
+    def filler(self) -> ResponseBatch:
+        """A batch that counts for nothing, for a pass in which other processes need this one."""
+        pad_id = self.encoder.tokenizer.pad_token_id
+        return self.batch([[pad_id]], [[pad_id]])
+
+    def batch(self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]) -> ResponseBatch:
         """Prompts and responses as the networks' input, on the device."""
         return response_batch(
             prompt_ids,

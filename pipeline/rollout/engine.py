@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.algorithms.logprobs import sample_tokens, tempered_logits
 from pipeline.algorithms.seeds import row_seed
@@ -42,14 +42,6 @@ class SampledResponse:
     logprobs: list[float]
 
 
-class Engine(Protocol):
-    """Samples responses to prompts. The local engine runs the policy itself; another may ask a server that holds its weights."""
-
-    def sample(self, model: Any, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor | None) -> list[SampledResponse]:
-        """A response to each prompt; `uniforms` (prompts, tokens) in [0, 1) decide the samples, None takes the likeliest."""
-        ...
-
-
 @dataclass(frozen=True)
 class LocalEngine:
     """Samples with transformers in this process."""
@@ -58,6 +50,7 @@ class LocalEngine:
 
     @torch.no_grad()
     def sample(self, model: Any, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor | None) -> list[SampledResponse]:
+        """A response to each prompt; `uniforms` (prompts, tokens) in [0, 1) decide the samples, None takes the likeliest."""
         responses: list[SampledResponse | None] = [None] * len(prompt_ids)
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))  # like lengths together: less padding
         for start in range(0, len(order), self.settings.rows):

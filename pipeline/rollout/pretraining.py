@@ -53,12 +53,15 @@ class PretrainingText:
         chosen: list[int] = self.epoch[drawn].tolist()
         tokens = sum(int((self.blocks[i]["labels"][1:] != IGNORE).sum()) for i in chosen)
         total = torch.zeros(1, dtype=torch.float64)
-        for rows in microbatches(self.lengths, self.processes.share(chosen), args.micro_batch_tokens):
-            batch = {name: x.to(self.device) for name, x in self.collate([self.blocks[i] for i in rows]).items()}
+        groups = microbatches(self.lengths, self.processes.share(chosen), args.micro_batch_tokens)
+        for rows in self.processes.equally_many(groups) if self.networks.sharded else groups:
+            weight = 0.0 if rows is None else 1.0  # None: another process has one more micro-batch
+            blocks = [self.blocks[i] for i in (chosen[:1] if rows is None else rows)]
+            batch = {name: x.to(self.device) for name, x in self.collate(blocks).items()}
             positions = batch["position_ids"] if self.isolated else None
             with self.plan.autocast():
                 nll = self.networks.policy.text_nll(batch["input_ids"], positions, batch["labels"])
-            (args.ptx_coef * nll / tokens).backward()
-            total += nll.detach().double().cpu()
+            (weight * args.ptx_coef * nll / tokens).backward()
+            total += weight * nll.detach().double().cpu()
         flops = 6.0 * tokens * self.networks.parameter_counts["policy"]
         return (self.processes.sum(total) / tokens).item(), flops

@@ -18,17 +18,19 @@ from pipeline.config.rewards import RewardSource
 from pipeline.config.stages import REWARD_PARENTS
 from pipeline.data.encoding import ChatEncoder, Message
 from pipeline.errors import UserError, shorten
+from pipeline.models.adapter_networks import AdapterRewardModel
 from pipeline.models.loading import set_pad
 from pipeline.models.networks import Autocast
 from pipeline.models.precision import cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import check_one_score_head, load_scalar_model, score_ids
+from pipeline.models.sharding import Sharding, gathered
 from pipeline.models.tokenizers import load_tokenizer, require_pad, stop_token_ids
 from pipeline.models.trials import enable_packed_attention
 from pipeline.training.identity import tokenizer_hashes
 from pipeline.training.lineage import Parent, verify_parent
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DISAGREEMENT = "disagreement"
 
@@ -61,12 +63,16 @@ class Scores:
 
 @dataclass(frozen=True)
 class RewardPart:
-    """One named, weighted part of a score. parent: the reward model's folder; None for a function."""
+    """One named, weighted part of a score.
+
+    parent: the reward model's folder; None for a function. network: its parameters that nothing else computes with.
+    """
 
     name: str
     weight: float
     compute: Callable[[Answers], Tensor]
     parent: Parent | None = None
+    network: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class ScoringSetup:
     stop_ids: tokens that end a response of the policy; a reward model reads such a response at its own end token.
     autocast: what its forward passes run under. cast_to_bf16: hold its linear weights in bf16 (right under autocast alone).
     loaded: models that are in memory already, by path.
+    sharding: shards the models; each is whole while it scores.
     """
 
     encoder: ChatEncoder
@@ -84,6 +91,7 @@ class ScoringSetup:
     autocast: Autocast = contextlib.nullcontext
     cast_to_bf16: bool = False
     loaded: Mapping[str, Any] = field(default_factory=dict)
+    sharding: Sharding | None = None
 
 
 class Scorer:
@@ -171,22 +179,28 @@ def _model_part(path: str, name: str, weight: float, setup: ScoringSetup) -> Rew
     require_pad(tokenizer, path)
     loaded = setup.loaded.get(path)
     model: Any = load_scalar_model(parent.path) if loaded is None else loaded
-    model.to(setup.device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if setup.sharding is None:
+        model.to(setup.device)
     set_pad(model, tokenizer.pad_token_id)  # an external model's own may differ
     if loaded is None:
         if hasattr(model, "score"):  # a decoder; an encoder needs its padding
             enable_packed_attention(model)
         if setup.cast_to_bf16:
             cast_frozen_linears_to_bf16(model)
+        if setup.sharding is not None:
+            setup.sharding.shard(model)
     same_tokenizer = tokenizer_hashes(tokenizer) == tokenizer_hashes(setup.encoder.tokenizer)
     encoder = setup.encoder if same_tokenizer else ChatEncoder(tokenizer)
 
+    networks = [model, model.backbone] if isinstance(model, AdapterRewardModel) else [model]
+
     def compute(answers: Answers) -> Tensor:
         ids = _as_trained(answers, setup) if same_tokenizer else _encoded_again(answers, encoder, setup.stop_ids)
-        with setup.autocast():
+        with setup.autocast(), gathered(*networks):
             return score_ids(model, ids, tokenizer.pad_token_id)
 
-    return RewardPart(name, weight, compute, parent)
+    return RewardPart(name, weight, compute, parent, None if isinstance(model, AdapterRewardModel) else model)
 
 
 def _as_trained(answers: Answers, setup: ScoringSetup) -> list[list[int]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.build_networks import NetworkInputs, build_networks, check_same_base
+from pipeline.models.networks import Networks
+from pipeline.models.offload import OffloadedTensors, offloaded_networks
 from pipeline.models.precision import accelerator_type, device_plan
+from pipeline.models.sharding import Sharding, local
 from pipeline.models.tokenizers import (
     assign_template,
     load_tokenizer,
@@ -29,13 +33,23 @@ from pipeline.models.tokenizers import (
     stop_token_ids,
     template_identity,
 )
-from pipeline.models.trials import isolates_packed_documents
 from pipeline.rollout.collect import Collector
 from pipeline.rollout.engine import LocalEngine, SamplingSettings
 from pipeline.rollout.evaluation import Evaluation
 from pipeline.rollout.pretraining import PretrainingText
 from pipeline.rollout.prompts import PromptSet, prepare_prompts
-from pipeline.rollout.rewards import DISAGREEMENT, ScoringSetup, build_scorer, identity, judge_labels, part_names
+from pipeline.rollout.rewards import (
+    DISAGREEMENT,
+    Scorer,
+    ScoringSetup,
+    build_scorer,
+    identity,
+    judge_labels,
+    part_names,
+)
+from pipeline.rollout.vllm_engine import MOST_CONNECTIONS, VLLMEngine, check_server
+from pipeline.rollout.vllm_server import VLLMServer
+from pipeline.training.identity import tokenizer_hashes
 from pipeline.training.json_files import write_json
 from pipeline.training.lineage import Parent, read_lineage, verify_parent
 from pipeline.training.ppo_state import PPOState
@@ -53,11 +67,13 @@ logger = logging.getLogger("pipeline.ppo")
 class PPOInputs:
     """The recipe's inputs, opened and verified.
 
-    judges: names of Python judges by their labels. stop_ids: tokens that end a response.
+    reference: None where it is the parent. judges: names of Python judges by their labels. stop_ids: tokens that end a
+    response.
     """
 
     accelerator: Accelerator
     parent: Parent
+    reference: Parent | None
     rewards: list[Parent]
     sources: list[Source]
     eval_sources: list[Source]
@@ -74,6 +90,7 @@ def open_inputs(run: Run[PPOArguments]) -> PPOInputs:
     accelerator = Accelerator(mixed_precision="no", log_with=args.trackers or None, cpu=accelerator_type() == "cpu")
     _check_processes(accelerator, args)
     parent = verify_parent(args.parent, SUPPORT["ppo"].parents)
+    reference = verify_parent(args.reference, SUPPORT["ppo"].parents) if args.reference else None
     rewards = [verify_parent(source.model, REWARD_PARENTS) for source in args.reward if source.model is not None]
     sources = read_sources(args.datasets, "prompt", args.data_root, args.data_cache)
     eval_sources = read_sources(args.eval_datasets, "prompt", args.data_root, args.data_cache)
@@ -92,8 +109,11 @@ def open_inputs(run: Run[PPOArguments]) -> PPOInputs:
     if args.roles == "adapters":
         for reward in rewards:
             check_same_base(reward.path, read_lineage(Path(reward.path)) or {}, parent.weights_sha256, parent.path)
+    if reference is not None:
+        _check_same_tokens(reference, tokenizer)
     run.output.inputs = {
         "parent": parent.as_inputs(tokenizer),
+        **({"reference": reference.as_inputs(tokenizer)} if reference else {}),
         "chat_template": template_identity(args.chat_template),
         "reward": identity(args.reward),
         "judges": [source_sha256(import_function(name)) for name in judges.values()],
@@ -102,8 +122,19 @@ def open_inputs(run: Run[PPOArguments]) -> PPOInputs:
     prompts = prepare_prompts(sources, eval_sources, encoder, args)
     stop_ids = stop_token_ids(encoder, _generation_config(parent.path), args.stop_tokens)
     return PPOInputs(
-        accelerator, parent, rewards, sources, eval_sources, ptx_sources, encoder, prompts, judges, stop_ids
+        accelerator, parent, reference, rewards, sources, eval_sources, ptx_sources, encoder, prompts, judges, stop_ids
     )
+
+
+def _check_same_tokens(reference: Parent, tokenizer: Any) -> None:
+    """
+    Raises:
+        UserError: the reference has other tokens than the policy, so their log-probabilities cannot be compared.
+    """
+    if tokenizer_hashes(load_tokenizer(reference.path))[0] != tokenizer_hashes(tokenizer)[0]:
+        raise UserError(
+            f"reference {reference.path!r} has another tokenizer than the parent; name one of the same tokens"
+        )
 
 
 def _generation_config(path: str) -> GenerationConfig | None:
@@ -133,15 +164,27 @@ def prepare_collector(inputs: PPOInputs, run: Run[PPOArguments]) -> Collector:
     """Networks, engine and scorer on the device."""
     args, encoder, device = run.args, inputs.encoder, inputs.accelerator.device
     plan = device_plan(device.type, args.precision)
+    server = _checked_server(inputs, run) if args.engine == "vllm" else None
     networks = build_networks(
-        NetworkInputs(args, inputs.parent.path, [reward.path for reward in inputs.rewards], encoder, inputs.stop_ids),
+        NetworkInputs(
+            args=args,
+            policy=inputs.parent.path,
+            reference=(inputs.reference or inputs.parent).path,
+            rewards=[reward.path for reward in inputs.rewards],
+            encoder=encoder,
+            stop_ids=inputs.stop_ids,
+        ),
         plan,
-        device,
+        device if run.sharding is None else torch.device("cpu"),
     )
+    sharding = None
+    if run.sharding is not None:
+        sharding = Sharding(run.sharding, run.processes.count, device, bf16=plan.bf16)
+        networks.shard(sharding)
     loaded = (
         {networks.reward_path: networks.reward} if isinstance(networks, AdapterNetworks) and networks.reward else {}
     )
-    setup = ScoringSetup(encoder, device, inputs.stop_ids, plan.autocast, plan.cast_frozen_to_bf16, loaded)
+    setup = ScoringSetup(encoder, device, inputs.stop_ids, plan.autocast, plan.cast_frozen_to_bf16, loaded, sharding)
     settings = SamplingSettings(
         max_new_tokens=args.max_response_tokens,
         stop_ids=inputs.stop_ids,
@@ -150,17 +193,58 @@ def prepare_collector(inputs: PPOInputs, run: Run[PPOArguments]) -> Collector:
         temperature=args.temperature,
         rows=args.generation_rows,
     )
-    return Collector(
+    scorer = build_scorer(args.reward, setup, args.ensemble, args.ensemble_penalty)
+    collector = Collector(
         args=args,
         processes=run.processes,
         encoder=encoder,
         networks=networks,
         engine=LocalEngine(settings),
-        scorer=build_scorer(args.reward, setup, args.ensemble, args.ensemble_penalty),
+        scorer=scorer,
         stop_ids=inputs.stop_ids,
         plan=plan,
         device=device,
+        offloaded={} if args.offload == "none" else _offload(networks, scorer, device),
     )
+    _set_generation_config(collector)  # before a server is sent the policy: the parent's may be one that is not saved
+    return collector if server is None else _sampling_on(server, collector, inputs)
+
+
+def _offload(networks: Networks, scorer: Scorer, device: torch.device) -> dict[str, OffloadedTensors]:
+    """Move the frozen networks off the device, until each is needed."""
+    frozen = {"reference": networks.frozen(), "reward": [p.network for p in scorer.parts if p.network is not None]}
+    frozen = {name: parts for name, parts in frozen.items() if parts}
+    if device.type == "cpu":
+        logger.warning("ppo: `offload:` saves nothing here: the networks are in the CPU's memory already")
+    elif not frozen:
+        logger.warning("ppo: no frozen network can be offloaded: the policy computes with the base of its adapters")
+    return {name: offloaded_networks(parts) for name, parts in frozen.items()}
+
+
+def _checked_server(inputs: PPOInputs, run: Run[PPOArguments]) -> VLLMServer:
+    args = run.args
+    server = VLLMServer(args.engine_url or "", min(args.generation_rows, MOST_CONNECTIONS))
+    tokens = args.max_prompt_tokens + args.max_response_tokens
+    server.name = run.processes.from_main(lambda: check_server(server, inputs.encoder.tokenizer, tokens)).name
+    return server
+
+
+def _sampling_on(server: VLLMServer, collector: Collector, inputs: PPOInputs) -> Collector:
+    """The same collector, whose policy samples on a server."""
+    args = collector.args
+    engine = VLLMEngine(
+        server=server,
+        settings=collector.engine.settings,
+        networks=collector.networks,
+        processes=collector.processes,
+        device=collector.device,
+        folder=Path(args.engine_weights or Path(args.output_dir) / "engine").absolute(),
+        probe=inputs.prompts.of_rollout(0, args.prompts_per_rollout, args.seed)[0].ids,
+        precision="bf16" if collector.plan.bf16 else "fp32",
+        wait=args.engine_wait,
+        reference=collector.offloaded.get("reference", nullcontext()),
+    )
+    return replace(collector, server=engine)
 
 
 def prepare_pretraining(inputs: PPOInputs, collector: Collector) -> PretrainingText | None:
@@ -168,7 +252,7 @@ def prepare_pretraining(inputs: PPOInputs, collector: Collector) -> PretrainingT
     if not inputs.ptx_sources:
         return None
     args, tokenizer = collector.args, inputs.encoder.tokenizer
-    isolated = isolates_packed_documents(collector.networks.policy.model)
+    isolated = collector.networks.isolates_documents
     parts = []
     for source in inputs.ptx_sources:
         documents = encode_documents(source.records, tokenizer)
@@ -218,12 +302,18 @@ def save_result(
     if state.ended:
         metrics["ended"] = state.ended
     folder = Path(args.output_dir)
+    _save_models(average, collector, folder)
+    if collector.server is not None:
+        collector.server.remove_weights()
     if run.is_main:
-        _save_models(average, collector, folder)
         write_json(folder / "samples.json", evaluation.samples)
     best = f", best at rollout {state.best_rollout}" if state.best_rollout is not None else ""
     run.finish(
-        parents=[inputs.parent.record(), *(reward.record() for reward in inputs.rewards)],
+        parents=[
+            inputs.parent.record(),
+            *(reward.record() for reward in inputs.rewards),
+            *([{**inputs.reference.record(), "as": "reference"}] if inputs.reference else []),
+        ],
         datasets=[s.provenance() for s in [*inputs.sources, *inputs.eval_sources, *inputs.ptx_sources]],
         tokenizer=inputs.encoder.tokenizer,
         metrics=metrics,
@@ -237,6 +327,25 @@ def save_result(
 
 def _save_models(average: list[torch.Tensor] | None, collector: Collector, folder: Path) -> None:
     """Policy to `folder`, value model to `value/`, the policy's moving average to `ema/`; each loads in plain transformers."""
+    networks, tokenizer = collector.networks, collector.encoder.tokenizer
+    networks.save_policy(folder)
+    networks.save_value(folder / "value")
+    folders = [folder]
+    if average is not None:
+        _swap(networks.trained["policy"], average)
+        networks.save_policy(folder / "ema")
+        _swap(networks.trained["policy"], average)
+        folders.append(folder / "ema")
+    if not collector.processes.is_main:
+        return
+    for target in folders:
+        tokenizer.save_pretrained(target)
+        networks.policy.model.generation_config.save_pretrained(target)
+    tokenizer.save_pretrained(folder / "value")
+
+
+def _set_generation_config(collector: Collector) -> None:
+    """How PPO samples, as the policy's generation config."""
     networks, args = collector.networks, collector.args
     model, tokenizer = networks.policy.model, collector.encoder.tokenizer
     # A new one, because the parent's may hold other rules of sampling (top_k, top_p, penalties) that PPO samples without.
@@ -251,21 +360,12 @@ def _save_models(average: list[torch.Tensor] | None, collector: Collector, folde
         suppress_tokens=networks.policy.forbidden.tolist() or None,
     )
     set_stop_tokens(model, collector.stop_ids)
-    networks.save_policy(folder)
-    networks.save_value(folder / "value")
-    folders = [folder]
-    if average is not None:
-        _swap(networks.trained["policy"], average)
-        networks.save_policy(folder / "ema")
-        _swap(networks.trained["policy"], average)
-        folders.append(folder / "ema")
-    for target in folders:
-        tokenizer.save_pretrained(target)
-        model.generation_config.save_pretrained(target)
-    tokenizer.save_pretrained(folder / "value")
 
 
+@torch.no_grad()
 def _swap(parameters: Sequence[torch.nn.Parameter], tensors: list[torch.Tensor]) -> None:
-    """Exchange values, without a copy of either."""
-    for position, parameter in enumerate(parameters):
-        parameter.data, tensors[position] = tensors[position], parameter.data
+    """Exchange values in place, a tensor at a time: assigning `.data` leaves a sharded parameter's part as it is."""
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        before = local(parameter).clone()
+        local(parameter).copy_(local(tensor))
+        local(tensor).copy_(before)

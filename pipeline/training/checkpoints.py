@@ -143,10 +143,15 @@ def valid_manifest(checkpoint: Path) -> Manifest | None:
     return manifest
 
 
+def being_written(checkpoint: Path) -> Path:
+    """The folder in which a checkpoint is written before it gets its name."""
+    return checkpoint.with_name(checkpoint.name + ".tmp")
+
+
 @contextlib.contextmanager
 def writing(checkpoint: Path) -> Iterator[Path]:
     """A temporary folder that becomes `checkpoint` by rename when the block ends without an error."""
-    temporary = checkpoint.with_name(checkpoint.name + ".tmp")
+    temporary = being_written(checkpoint)
     remove(temporary)
     temporary.mkdir(parents=True)
     try:

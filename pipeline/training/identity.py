@@ -19,10 +19,10 @@ from pipeline.errors import UserError
 from pipeline.training.json_files import NotAnObject, read_json_object
 
 # Keys of a recipe that say where a run writes, how it talks or where something lies; they change no result.
-# The content of what lies at `parent` and `tokenizer` is among a run's inputs.
+# The content of what lies at `parent`, `reference` and `tokenizer` is among a run's inputs.
 NOT_IDENTITY = (
     "output_dir", "data_root", "report_to", "run_name", "quiet", "threads", "keep_checkpoints", "save_steps", "parent",
-    "tokenizer", "data_cache",
+    "reference", "tokenizer", "data_cache", "engine_url", "engine_weights", "engine_wait", "offload",
 )  # fmt: skip
 PATHS = ("path", "model")  # of entries of lists, such as `datasets` and `reward`
 CONFIG_NOT_IDENTITY = ("_name_or_path", "transformers_version", "base_model_name_or_path")

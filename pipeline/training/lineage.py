@@ -24,7 +24,7 @@ from pipeline.training.identity import (
     tokenizer_hashes,
 )
 from pipeline.training.json_files import NotAnObject, read_json_object
-from pipeline.training.parent_names import check_no_adapter, is_hub_id
+from pipeline.training.parent_names import check_no_adapter, is_hub_id, missing_parent
 
 LINEAGE = "lineage.json"
 COMPLETE = "complete"
@@ -125,6 +125,14 @@ class Parent:
         """The parent's identity; `tokenizer` is the one in its folder."""
         return as_inputs(self.identity, tokenizer)
 
+    def as_source(self, name: str, temperature: float) -> dict[str, Any]:
+        """What is recorded beside answers that it samples. name: as the user gave it."""
+        known = {
+            "model": name, "stage": self.stage, "weights_sha256": self.weights_sha256,
+            "adapter_sha256": self.identity.adapter_sha256, "revision": self.revision, "temperature": temperature,
+        }  # fmt: skip
+        return {key: value for key, value in known.items() if value is not None}
+
     def record(self) -> dict[str, Any]:
         """Its entry in the lineage of a stage that starts from it."""
         entries = {
@@ -147,7 +155,7 @@ def verify_parent(path: str, stages: tuple[str, ...]) -> Parent:
     if not folder.exists():
         if is_hub_id(path):
             return _hub_parent(path)
-        raise UserError(f"parent {path!r} does not exist; run the stage that writes it first, or correct `parent:`")
+        raise UserError(missing_parent(path))
     if checkpoint_folders(folder):
         raise UserError(
             f"parent {path!r} holds checkpoint-* folders: that stage did not finish; run it again, it will resume"

@@ -23,6 +23,11 @@ def is_hub_id(path: str) -> bool:
     return HUB_ID.fullmatch(path) is not None and not path.startswith("runs/")
 
 
+def missing_parent(path: str) -> str:
+    """What is said of a parent that is neither a folder here nor a name on the Hub."""
+    return f"parent {path!r} does not exist; run the stage that writes it first, or correct `parent:`"
+
+
 def check_no_adapter(folder: Path) -> None:
     """Refuse a folder that holds an adapter alone, with the way to a whole model.
 

@@ -36,6 +36,14 @@ def build_optimizers(
             weight_decay=0.0,
             fused=True,
         )
+        for parameter in trained[
+            name
+        ]:  # as AdamW's first step makes it; so a checkpoint of any step holds the same names
+            optimizers[name].state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False),
+            }
         factor = partial(
             lr_factor,
             total=rollouts[name],

@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Item = TypeVar("Item")
 BUCKET_ELEMENTS = 2**23  # of gradients in one exchange
@@ -36,6 +37,11 @@ class Processes:
     def share(self, items: Sequence[Item]) -> list[Item]:
         """Every `count`-th item, from this process's own."""
         return list(items[self.rank :: self.count])
+
+    def equally_many(self, items: Sequence[Item]) -> list[Item | None]:
+        """This process's items, filled up with None until every process has as many: for passes that are exchanges."""
+        most = int(self.max(torch.tensor([float(len(items))])).item())
+        return [*items, *[None] * (most - len(items))]
 
     def barrier(self) -> None:
         from accelerate import PartialState
@@ -91,11 +97,16 @@ class Processes:
         return joined.to(values.device)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add every parameter's gradient over all processes, in place; many gradients share an exchange."""
+        """Add every parameter's gradient over all processes, in place; many gradients share an exchange.
+
+        Those of sharded parameters were added in the backward pass.
+        """
         if self.count == 1:
             return
         buckets: list[list[Tensor]] = [[]]
         for parameter in parameters:
+            if isinstance(parameter, DTensor):
+                continue
             if parameter.grad is None:  # no row of this minibatch fell to this process
                 parameter.grad = torch.zeros_like(parameter)
             if sum(gradient.numel() for gradient in buckets[-1]) + parameter.numel() > BUCKET_ELEMENTS:

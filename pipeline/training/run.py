@@ -21,6 +21,9 @@ from pipeline.training.output_folder import StageOutput
 from pipeline.training.processes import Processes
 from pipeline.training.signals import Interruption
 
+if typing.TYPE_CHECKING:
+    from pipeline.models.sharding import ShardingOptions
+
 logger = logging.getLogger("pipeline")
 Arguments = TypeVar("Arguments", bound=StageArguments)
 
@@ -34,6 +37,7 @@ class Run(Generic[Arguments]):
     output: StageOutput
     interruption: Interruption | None  # None where nothing is trained
     processes: Processes = dataclasses.field(default_factory=Processes)
+    sharding: ShardingOptions | None = None
 
     @property
     def is_main(self) -> bool:
@@ -125,6 +129,7 @@ class Run(Generic[Arguments]):
                 "started": _iso(self.output.started),
                 "finished": _iso(time.time()),
                 "processes": self.processes.count,
+                "sharding": self.sharding and "fsdp2",
                 "resumed_from": resumed_from,
             }
             self.output.finish(lineage, metrics)

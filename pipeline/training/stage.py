@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import os
 import signal
@@ -11,12 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config.functions import import_from
 from pipeline.config.reader import load, split_config
 from pipeline.config.stage import StageArguments
-from pipeline.config.stages import SHARDED, check_sharding
+from pipeline.config.stages import check_sharding
 from pipeline.errors import UserError, describe_system_error
 from pipeline.training import trackers
 from pipeline.training.launcher import RUN_COMMAND, cpu_cores
@@ -27,8 +28,13 @@ from pipeline.training.processes import Processes
 from pipeline.training.run import Run
 from pipeline.training.signals import Interruption
 
+if TYPE_CHECKING:
+    from pipeline.models.sharding import ShardingOptions
+
 logger = logging.getLogger("pipeline")
 ROOT = Path(__file__).resolve().parent.parent.parent
+# Of a process for the others: one may fill the data cache, or run a user's rewards, for hours. One that has died ends all at once.
+LONGEST_WAIT = datetime.timedelta(hours=6)
 RANK_0_REPORTS_WITHIN = 15.0  # seconds; on a busy machine a process needs a while to end
 Arguments = TypeVar("Arguments", bound=StageArguments)
 Body = Callable[[Run[Arguments]], None]
@@ -92,7 +98,7 @@ def _claim(name: str, args: Arguments, config: Path, held: contextlib.ExitStack)
     """The run of a stage in its output folder, which no other process then writes to."""
     folder = Path(args.output_dir)
     check_output_folder(folder, args)
-    processes = prepare_process(name, args)
+    processes, sharding = prepare_process(name, args)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,10 +106,10 @@ def _claim(name: str, args: Arguments, config: Path, held: contextlib.ExitStack)
     if processes.is_main:
         held.enter_context(locked(folder))
     set_up_logging(folder / "log.txt", processes.rank, args.quiet)
-    _log_hardware(name, processes)
+    _log_hardware(name, processes, sharding)
     trackers.set_up(args.trackers, folder, processes.rank)
     output = StageOutput(folder, name, dataclasses.asdict(args), config=str(config))
-    return Run(name, args, output, Interruption(), processes)
+    return Run(name, args, output, Interruption(), processes, sharding)
 
 
 def check_output_folder(folder: Path, args: StageArguments) -> None:
@@ -123,34 +129,41 @@ def check_output_folder(folder: Path, args: StageArguments) -> None:
         raise UserError(f"output_dir {str(folder)!r} is the parent too; it would be overwritten, name another folder")
 
 
-def prepare_process(name: str, args: StageArguments) -> Processes:
-    """Threads, determinism and this process's place among the others.
+def prepare_process(name: str, args: StageArguments) -> tuple[Processes, ShardingOptions | None]:
+    """Threads, determinism, this process's place among the others, and how models are sharded over them.
 
     Raises:
         UserError: the stage does not run under this launch's sharding.
     """
     from pipeline.models.precision import accelerator_type
+    from pipeline.models.sharding import take_options_of_launch
 
     import torch
     from accelerate import PartialState
 
-    used = (kind for kind, variable in SHARDED.items() if os.environ.get(variable, "").lower() in ("1", "true"))
-    check_sharding(name, args, next(used, None))
-    PartialState(cpu=accelerator_type() == "cpu")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        check_sharding(name, args, "DEEPSPEED")
+    sharding = take_options_of_launch()
+    if sharding is not None:
+        check_sharding(name, args, "FSDP")
+    PartialState(cpu=accelerator_type() == "cpu", timeout=LONGEST_WAIT)
     if args.threads:
         torch.set_num_threads(args.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a third of a step
-    return Processes.of_this_launch()
+    return Processes.of_this_launch(), sharding
 
 
-def _log_hardware(name: str, processes: Processes) -> None:
+def _log_hardware(name: str, processes: Processes, sharding: ShardingOptions | None) -> None:
     import torch
     from accelerate import PartialState
 
     threads, cores, device = torch.get_num_threads(), cpu_cores(), PartialState().device
     logger.info("%s: %d process(es) on %s, %d CPU threads each", name, processes.count, device, threads)
+    if sharding is not None:
+        groups = f", {sharding.replicas} times" if sharding.replicas > 1 else ""
+        logger.info("%s: models are sharded over the processes%s (FSDP2)", name, groups)
     used = threads * processes.count
     if device.type == "cpu" and used < cores and processes.is_main:
         logger.warning("%d CPU thread(s) used of %d cores; set OMP_NUM_THREADS or --threads", used, cores)

@@ -1,7 +1,7 @@
 """What the Trainer stages share: Trainer's settings from a recipe, sealed checkpoints, history, exact resume.
 
-All ties to the insides of transformers' Trainer (5.23) and TRL's trainers (1.16) are in this file, in `RankingTrainer` of
-`pipeline/reward.py` and in `DemonstrationTrainer` of `pipeline/sft.py`; tests/training/test_trainer.py fails where a new
+All ties to the insides of transformers' Trainer (5.23) and TRL's trainers (1.16) are in this file, in `sharded_trainer.py`, in
+`RankingTrainer` of `pipeline/reward.py` and in `DemonstrationTrainer` of `pipeline/sft.py`; tests/training/test_trainer.py fails where a new
 version breaks one of them.
 """
 
@@ -20,12 +20,14 @@ from pipeline.data.encoding import IGNORE
 from pipeline.errors import UserError
 from pipeline.models.lora import save_merged
 from pipeline.models.precision import accelerator_type, device_plan
+from pipeline.models.sharding import is_sharded, local, whole_state_dict
 from pipeline.models.token_nll import token_nll
 from pipeline.training import checkpoints, history
 from pipeline.training.checkpoints import Manifest
 from pipeline.training.json_files import NotAnObject, read_json_object, write_json
 from pipeline.training.progress import Progress
 from pipeline.training.run import Run
+from pipeline.training.sharded_trainer import ShardedTrainer
 
 import torch
 from peft import PeftModel
@@ -209,7 +211,7 @@ def _short(row: dict[str, Any]) -> str:
     )
 
 
-class StageTrainer:
+class StageTrainer(ShardedTrainer):
     """Mixed in before a Trainer class: evaluation by `measure`, throughput beside every logged loss, exact resume.
 
     Overridden of transformers' Trainer: `evaluate`, `training_step`, `log`, `get_batch_samples`. Read and set of its
@@ -219,9 +221,6 @@ class StageTrainer:
 
     measure: Any  # () -> held-out metrics; every stage has its own
     control: Any
-    model: Any
-    state: Any
-    args: Any
     accelerator: Any
     callback_handler: Any
     _tr_loss: Any
@@ -304,7 +303,8 @@ class StageTrainer:
 
     def weights_are_finite(self) -> bool:
         """Whether this process's trained weights are all finite; one read from the device."""
-        trained = [p for p in self.model.parameters() if p.requires_grad and p.numel()]
+        trained = [local(p) for p in self.model.parameters() if p.requires_grad]
+        trained = [tensor for tensor in trained if tensor.numel()]
         return not trained or bool(torch.stack([torch.isfinite(p).all() for p in trained]).all())
 
 
@@ -375,7 +375,7 @@ def save_whole(trainer: Any, tokenizer: Any) -> None:
 def save_trained(trainer: Any, tokenizer: Any, load_base: Callable[[], Any]) -> None:
     """The trained model to the output folder: all weights, or adapter and merged weights where adapters were trained.
 
-    Adapters' frozen base is gone afterwards.
+    Adapters' frozen base is gone afterwards. Called by every rank.
 
     Args:
         load_base: loads the base in fp32, for merging; called on rank 0 alone.
@@ -383,8 +383,13 @@ def save_trained(trainer: Any, tokenizer: Any, load_base: Callable[[], Any]) -> 
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
         save_whole(trainer, tokenizer)
-    elif trainer.is_world_process_zero():
+        return
+    adapter = None
+    if is_sharded(model):
+        adapter = whole_state_dict({name: p for name, p in model.named_parameters() if p.requires_grad})
+    else:
         for parameter in model.parameters():
             if not parameter.requires_grad:  # so that the base, which is loaded again, is in memory once
                 parameter.data = parameter.data.new_empty(0)
-        save_merged(model, load_base(), tokenizer, Path(trainer.args.output_dir))
+    if trainer.is_world_process_zero():
+        save_merged(model, load_base(), tokenizer, Path(trainer.args.output_dir), adapter)

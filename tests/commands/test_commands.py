@@ -36,18 +36,35 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, chain: Path) -> Path:
+    """What `rlhf run` of the recipe leaves."""
     folder = tmp_path_factory.mktemp("run")
-    done = rlhf("run", recipe, "--output-dir", folder)
-    said = [line for line in done.stdout.splitlines() if re.match(r"(pretrain|sft|reward|ppo): ", line)]
-    assert [line.split(":")[0] for line in said] == list(STAGES), "one clear line a stage"
+    for stage in STAGES:
+        shutil.copytree(chain / stage, folder / stage)
     return folder
 
 
-def test_a_run_hands_each_stage_to_the_next(run: Path) -> None:
+@pytest.mark.parametrize("last", ["sft", pytest.param("ppo", marks=pytest.mark.full)])
+def test_a_run_hands_each_stage_to_the_next(recipe: Path, tmp_path: Path, last: str) -> None:
+    (tmp_path / "recipe").mkdir()
+    for stage in STAGES:
+        values = yaml.safe_load((recipe / f"{stage}.yaml").read_text())
+        few: dict[str, Any] = (
+            {"total_rollouts": 2} if stage == "ppo" else dict.fromkeys(("max_steps", "eval_steps", "save_steps"), 5)
+        )
+        if stage == "sft":
+            few["parent"] = "./runs/demo/pretrain/"  # another spelling of what pretrain.yaml writes
+        (tmp_path / "recipe" / f"{stage}.yaml").write_text(yaml.safe_dump({**values, **few}))
+    run = tmp_path / "run"
+    done = rlhf("run", tmp_path / "recipe", "--output-dir", run, "--to", last)
+    stages = STAGES[: STAGES.index(last) + 1]
+    told = [line for line in done.stdout.splitlines() if re.match(r"(pretrain|sft|reward|ppo): ", line)]
+    assert [line.split(":")[0] for line in told] == list(stages), "one clear line a stage"
     for stage, parent in (("sft", "pretrain"), ("reward", "sft"), ("ppo", "sft")):
-        assert lineage(run / stage)["parents"][0]["weights_sha256"] == lineage(run / parent)["weights_sha256"]
-    assert lineage(run / "ppo")["parents"][1]["weights_sha256"] == lineage(run / "reward")["weights_sha256"]
+        if stage in stages:
+            assert lineage(run / stage)["parents"][0]["weights_sha256"] == lineage(run / parent)["weights_sha256"]
+    if last == "ppo":
+        assert lineage(run / "ppo")["parents"][1]["weights_sha256"] == lineage(run / "reward")["weights_sha256"]
 
 
 @pytest.mark.full
@@ -71,6 +88,7 @@ def test_part_of_a_run(run: Path, recipe: Path, tmp_path: Path) -> None:
     assert "no recipe folder" in rlhf("run", tmp_path / "none", code=2).stderr
 
 
+@pytest.mark.full  # `test_the_true_exit_code_and_no_traceback` is the quick one
 def test_a_failing_stage_ends_the_run(recipe: Path, tmp_path: Path) -> None:
     done = rlhf("run", recipe, "--output-dir", tmp_path, "--from", "sft", code=2)
     assert "error: sft: parent" in done.stderr

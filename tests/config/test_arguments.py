@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config.pretrain import TokenizerOptions
 from pipeline.config.reader import load
 from pipeline.config.rewards import RewardSource
+from pipeline.config.round import RoundArguments
 from pipeline.config.stages import STAGES
 from pipeline.config.trainer import LoraOptions
 from pipeline.data.entries import DatasetEntry
@@ -22,7 +23,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.name != "round.yaml")
 SFT = "parent: p\noutput_dir: o\ndatasets:\n  - path: d.jsonl\n"
 
 
@@ -56,7 +57,7 @@ def test_every_accelerate_file_says_where_it_ran() -> None:
         assert re.search(r"ran under it|[Nn]ot run by us yet|not been run by us yet", head), path.name
 
 
-CLASSES = [*STAGES.values(), DatasetEntry, LoraOptions, TokenizerOptions, RewardSource]
+CLASSES = [*STAGES.values(), RoundArguments, DatasetEntry, LoraOptions, TokenizerOptions, RewardSource]
 
 
 def test_no_dead_options() -> None:
@@ -121,6 +122,13 @@ def test_help_shows_every_key_once_and_the_common_ones_first(stage: str, capsys:
         (f"seed: {'9' * 5000}\n", 5, "cannot be read as a whole number"),
         (f"epochs: {'9' * 5000}\n", 5, "cannot be read as a whole number"),
         (f"epochs: {'9' * 400}\n", 5, "epochs: expected a number, got 999"),
+        ("seed: 1:30\n", 5, "seed: YAML reads 1:30 as 90 (base 60); write the number out"),
+        ("seed: 010\n", 5, "seed: YAML reads 010 as 8 (octal); write the number out"),
+        ("epochs: 1:30.5\n", 5, "epochs: YAML reads 1:30.5 as 90.5 (base 60)"),
+        ("trainer_options: {logging_steps: 010}\n", 5, "trainer_options.logging_steps: YAML reads 010 as 8 (octal)"),
+        ("seed: 2026-11-25\n", 5, "seed: expected a whole number"),
+        ("run_name: off\n", 5, "run_name: expected text, but YAML reads off as true or false; write 'off'"),
+        ("best_metric: no\n", 5, "best_metric: expected text, but YAML reads no as true or false"),
         ("epochs: .inf\n", 5, "epochs: inf is out of range"),
         ("trainer_options: {label_smoothing_factor: .nan}\n", 5, "NaN"),
         ("run_name: &a [*a]\n", 5, "expected text"),
@@ -225,11 +233,15 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "large.yaml").write_bytes(b"#" * 2_000_000)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "utf16.yaml").write_bytes(SFT.encode("utf-16"))
+    (tmp_path / "latin1.yaml").write_bytes(b"run_name: caf\xe9\n")
     for name, words in (
         (".", "is a folder; name a recipe's file in it"),
         ("pipe.yaml", "is no regular file"),
         ("large.yaml", "it is no recipe"),
         ("binary.yaml", "cannot be read"),
+        ("utf16.yaml", "it is UTF-16 or holds NUL bytes; save the recipe as UTF-8"),
+        ("latin1.yaml", r"not UTF-8 \(byte 14\); save the recipe as UTF-8"),
         ("none.yaml", "no such recipe"),
     ):
         for form in (["--config", str(tmp_path / name)], [f"--config={tmp_path / name}"]):
@@ -239,6 +251,11 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     for form in (["--config"], ["--config="]):
         with pytest.raises(UserError, match="--config needs a file"):
             load(STAGES["sft"], form)
+
+
+def test_a_date_among_a_librarys_options_stays_text(tmp_path: Path) -> None:
+    options = load(STAGES["sft"], write(tmp_path, SFT + "trainer_options: {run_name: 2026-11-25}\n")).trainer_options
+    assert options == {"run_name": "2026-11-25"}
 
 
 def test_flags_of_every_form(tmp_path: Path) -> None:

@@ -32,15 +32,22 @@ def test_parents_are_listed_nowhere_else() -> None:
 
 
 class Arguments:
-    def __init__(self, lora: Any = None):
-        self.lora = lora
+    def __init__(self, lora: Any = None, quantization: str | None = None, optimizer: str = "adamw"):
+        self.lora, self.quantization, self.optimizer = lora, quantization, optimizer
 
 
 def test_sharding_by_stage() -> None:
     for stage in STAGES:
         check_sharding(stage, Arguments(), None)
-    check_sharding("pretrain", Arguments(), "FSDP")
+        check_sharding(stage, Arguments(lora=1), "FSDP")
     check_sharding("sft", Arguments(), "DEEPSPEED")
     for stage, lora, what in (("sft", 1, "sft with lora"), ("reward", None, "reward"), ("ppo", 1, "ppo")):
-        with pytest.raises(UserError, match=f"^{what} does not work under FSDP yet; use one process or DDP"):
-            check_sharding(stage, Arguments(lora), "FSDP")
+        with pytest.raises(UserError, match=f"^{what} does not run under DeepSpeed; use FSDP2"):
+            check_sharding(stage, Arguments(lora), "DEEPSPEED")
+
+
+def test_keys_that_do_not_work_sharded() -> None:
+    with pytest.raises(UserError, match=r"^quantization does not work under FSDP2; drop it"):
+        check_sharding("sft", Arguments(1, quantization="4bit"), "FSDP")
+    with pytest.raises(UserError, match=r"^optimizer: adamw_8bit does not work under FSDP2"):
+        check_sharding("pretrain", Arguments(optimizer="adamw_8bit"), "FSDP")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,52 @@ encoded.encode_documents(source.records, AutoTokenizer.from_pretrained({str(tmp_
     assert len(rows[0]) == 6000
     assert rows[0] == rows[1]
     assert not list((tmp_path / "cache").glob("*.building"))
+
+
+WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.utime", "shutil.rmtree"}
+
+
+def killed_at(operation: int, cache: Path, body: Callable[[], object]) -> bool:
+    """Whether `body` came in a forked process to its operation of this number on files of the cache, and was killed there."""
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal operation
+        writes = event in WRITES or (event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        if writes and isinstance(arguments[0], str | os.PathLike) and os.fspath(arguments[0]).startswith(str(cache)):
+            if operation == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            operation -= 1
+
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            sys.addaudithook(audit)
+            body()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def test_killed_at_any_file_operation_the_next_start_has_the_same_rows(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path / "a.jsonl", [{"text": f"A wool hat, number {n}."} for n in range(20)])
+
+    def rows(cache: Path) -> list[list[int]]:
+        records = read(tmp_path, cache, kind="document").records
+        return [ids.tolist() for ids in encode_documents(records, tokenizer)]
+
+    expected = rows(tmp_path / "undisturbed")
+    kills = 0
+    while killed_at(kills, cache := tmp_path / f"cache-{kills}", lambda: rows(cache)):
+        assert rows(cache) == expected, f"operation {kills}"
+        assert not list(cache.glob("*.building"))
+        assert len(entries(cache)) == 2
+        kills += 1
+    assert rows(cache) == expected
+    assert kills >= 12, "folder, lock, building folder, rows, seal and rename of two entries at least"
 
 
 def test_a_second_start_does_not_tokenise(tmp_path: Path, tokenizer: Any) -> None:

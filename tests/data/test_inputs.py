@@ -6,12 +6,16 @@ import datetime
 import gzip
 import json
 import logging
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.cache import DataCache
 from pipeline.data.entries import DatasetEntry
+from pipeline.data.files import BLOCK_CHARACTERS, iter_rows
 from pipeline.data.records import PARSERS, Record, read_records
-from pipeline.data.sources import read_source
+from pipeline.data.sources import Source, read_source
 from pipeline.errors import UserError
 
 import pytest
@@ -373,3 +377,52 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         read_source(DatasetEntry(hub=str(folder)), "demonstration", tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_documents_of_a_large_text_file_are_those_of_the_whole_text(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    text = "".join(chance.choice(["a line é\n", "--\n", "---\n", "x" * 50_000]) for _ in range(200))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert (tmp_path / "a.txt").stat().st_size > 2 * BLOCK_CHARACTERS, "several blocks"
+    records = read_source(DatasetEntry(path="a.txt", document_separator="--\n"), "document", tmp_path).records
+    assert [record["text"] for record in records] == [part for part in text.split("--\n") if part.strip()]
+    first = read_source(DatasetEntry(path="a.txt", document_separator="--\n", max_rows=3), "document", tmp_path).records
+    assert [record["text"] for record in first] == [record["text"] for record in records][:3]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.csv.gz"])
+def test_a_byte_that_is_no_text_is_named_late_in_a_large_file(tmp_path: Path, name: str) -> None:
+    good = b"text\n" + ("\u00e9" * 60 + " line\n").encode() * 25_000
+    content = good + b"bad \xe9 byte\n" + b"more\n" * 100
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(UserError) as refusal:
+        read_source(DatasetEntry(path=name, document_separator="\n\n"), "document", tmp_path)
+    place = f"{tmp_path / name}:25002: not UTF-8 (byte {len(good) + 5})"
+    assert str(refusal.value) == f"{place}; save the file as UTF-8"
+
+
+def test_a_table_of_text_is_not_held_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "a long cell of text\n" * 60_000)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in iter_rows(tmp_path / "a.csv")) == 60_000
+        assert tracemalloc.get_traced_memory()[1] < 1 << 18
+    finally:
+        tracemalloc.stop()
+
+
+def test_rows_of_a_hub_table_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    hub = tmp_path / "hub"
+    hub.mkdir()
+
+    def source(count: int, **entry: Any) -> Source:
+        (hub / "train.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(count)))
+        return read_source(DatasetEntry(hub=str(hub), **entry), "document", tmp_path, str(tmp_path / "cache"))
+
+    first, again, part, more = source(5), source(5), source(5, max_rows=2), source(6)
+    assert first.sha256 == again.sha256
+    assert [len(each.records) for each in (first, again, part, more)] == [5, 5, 2, 6]
+    assert len({first.sha256, part.sha256, more.sha256}) == 3
+    kinds = [entry.what.split(" of ")[0] for entry in DataCache(tmp_path / "cache").entries()]
+    assert sorted(kinds) == ["documents"] * 3 + ["hash"] * 3

@@ -14,7 +14,7 @@ from typing import Any
 from helpers.launches import rlhf_here
 from helpers.runs import make_run
 from pipeline.errors import UserError
-from pipeline.evaluation import llm_judge
+from pipeline.evaluation import chat_server
 from pipeline.evaluation.llm_judge import Judge, LocalJudge, RemoteJudge, choice_in, compare_answers, judge_from
 
 import numpy as np
@@ -155,9 +155,9 @@ class Server:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
-    monkeypatch.setattr(llm_judge, "PAUSE", 0.0)
+    monkeypatch.setattr(chat_server, "PAUSE", 0.0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv(llm_judge.KEY, SECRET)
+    monkeypatch.setenv(chat_server.KEY, SECRET)
     started: list[Server] = []
 
     def start(behave: Callable[[int, str], tuple[int, Any]]) -> Server:
@@ -238,11 +238,11 @@ def test_addresses_hold_no_keys() -> None:
 
 def test_keys_travel_encrypted_or_stay_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv(llm_judge.KEY, SECRET)
+    monkeypatch.setenv(chat_server.KEY, SECRET)
     for address in ("https://host.example/v1", "http://localhost:8000/v1", "http://127.0.0.1:8000/v1"):
         assert RemoteJudge(address, "m").headers["Authorization"] == f"Bearer {SECRET}"
-    for name in llm_judge.KEYS:
-        monkeypatch.delenv(llm_judge.KEY)
+    for name in chat_server.KEYS:
+        monkeypatch.delenv(chat_server.KEY)
         monkeypatch.setenv(name, SECRET)
         with pytest.raises(
             UserError, match=f"{name} is set and would go unencrypted to host.example; use https"
@@ -250,17 +250,17 @@ def test_keys_travel_encrypted_or_stay_on_this_machine(monkeypatch: pytest.Monke
             judge_from("http://host.example/v1", "m")
         assert SECRET not in str(error.value)
         monkeypatch.delenv(name)
-        monkeypatch.setenv(llm_judge.KEY, "")
+        monkeypatch.setenv(chat_server.KEY, "")
     assert "Authorization" not in RemoteJudge("http://host.example/v1", "m").headers
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "two words", "a\nb"])
 def test_a_key_that_is_no_header_is_one_line(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(llm_judge.KEY, key)
+    monkeypatch.setenv(chat_server.KEY, key)
     with pytest.raises(UserError, match="holds characters that no API key has") as error:
         judge_from("https://host.example/v1", "m")
     assert key not in str(error.value)
-    monkeypatch.setenv(llm_judge.KEY, f"{SECRET}\n")
+    monkeypatch.setenv(chat_server.KEY, f"{SECRET}\n")
     assert RemoteJudge("https://host.example/v1", "m").headers["Authorization"] == f"Bearer {SECRET}"
 
 
@@ -292,8 +292,8 @@ def test_replies_of_other_shapes_are_failures(serve: Any, payload: bytes, why: s
 
 
 def test_a_reply_that_never_ends_is_a_failure(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm_judge, "REPLY_SECONDS", 0.3)
-    monkeypatch.setattr(llm_judge, "TRIES", 1)
+    monkeypatch.setattr(chat_server, "REPLY_SECONDS", 0.3)
+    monkeypatch.setattr(chat_server, "TRIES", 1)
 
     def drip() -> Iterator[bytes]:
         for _ in range(100):

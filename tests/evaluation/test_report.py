@@ -240,7 +240,8 @@ def test_metrics_that_are_not_finite_are_a_note_and_valid_json(run: Path) -> Non
 def test_a_lineage_of_another_shape_is_a_note(run: Path, content: str) -> None:
     (run / "sft" / "lineage.json").write_text(content, encoding="utf-8")
     found = report(run)
-    assert any(note.startswith("sft: left out: ") for note in found["notes"])
+    (note,) = [note for note in found["notes"] if note.startswith("sft: left out: ")]
+    assert str(run / "sft" / "lineage.json") in note
     assert set(found["stages"]) == {"pretrain", "reward", "ppo"}
 
 
@@ -286,6 +287,16 @@ def test_the_command_says_the_bad_news_first(run: Path) -> None:
     assert "holds no finished stage" in rlhf_here("report", run / "ppo", code=2)[1]
 
 
+def test_a_parent_of_the_same_stage_is_that_of_another_run(run: Path) -> None:
+    """A round's policy starts from the round before, which is no sign that anything changed here."""
+    parents = json.loads((run / "ppo" / "lineage.json").read_text())["parents"]
+    other = {**parents[0], "weights_sha256": "0" * 64}
+    change_lineage(run, "ppo", parents=[*parents, {**other, "stage": "ppo"}])
+    assert not any("another ppo" in note for note in report(run)["notes"])
+    change_lineage(run, "ppo", parents=[{**other, "stage": "sft"}])
+    assert "ppo: was trained from another sft than the one that lies here now" in report(run)["notes"]
+
+
 def test_changed_weights_and_data_are_notes(run: Path) -> None:
     weights = load_file(run / "ppo" / "model.safetensors")
     name = next(iter(weights))
@@ -296,3 +307,10 @@ def test_changed_weights_and_data_are_notes(run: Path) -> None:
     assert f"pretrain: its data {run.parent / 'documents.jsonl'} changed after the stage finished" in found["notes"]
     assert "weights changed since" in (run / "report" / "index.html").read_text(encoding="utf-8")
     assert torch.isfinite(weights[name]).all()
+
+
+def test_streamed_pretraining_text_is_not_read_for_the_report(run: Path) -> None:
+    change_lineage(run, "pretrain", recipe={"datasets": [{"hub": "nobody/corpus", "streaming": True}]})
+    found = report(run)
+    assert "alignment tax not measured: pretraining's data was streamed, and is not read again" in found["notes"]
+    assert found["alignment_tax"] is None

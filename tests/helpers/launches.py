@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,12 @@ CARDS = ROOT / "data_cards"
 STAGES = ("pretrain", "sft", "reward", "ppo")
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch` exports it
+REPLICATED = {**FSDP2, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}  # two groups that each shard the whole model
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(more or {})}
 
 
 def launch_command(stage: str, flags: list[str], processes: int = 1) -> list[str]:
@@ -45,9 +49,11 @@ def launch_command(stage: str, flags: list[str], processes: int = 1) -> list[str
     ]
 
 
-def launch(stage: str, flags: list[str], processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+def launch(
+    stage: str, flags: list[str], processes: int = 1, check: bool = True, more: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """A stage in one or more processes of its own, to its end; see `launch_for_real` for accelerate's launcher."""
-    started = warm.start(script_of(stage), flags, environment(), ROOT, processes)
+    started = warm.start(script_of(stage), flags, environment(more), ROOT, processes)
     codes = [process.wait(600) for process in started]
     out, err = ("".join(texts) for texts in zip(*(process.read() for process in started), strict=True))
     code = next((code for code in codes if code), 0)
@@ -84,15 +90,25 @@ def kill_when(
     processes: int = 1,
     number: int = signal.SIGKILL,
     delay: float = 0.0,
+    more: Mapping[str, str] | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> int:
-    """Start a stage, signal its processes once `ready()`, return the first exit code; fails if it ends before."""
-    started = warm.start(script_of(stage), flags, environment(), ROOT, processes)
+    """Start a stage, signal its processes once `ready()`, return the first exit code; fails if it ends before.
+
+    Args:
+        ranks: the processes that get the signal first; the others get it half a second later.
+    """
+    started = warm.start(script_of(stage), flags, environment(more), ROOT, processes)
     deadline = time.monotonic() + 300
     while not ready():
         assert all(process.poll() is None for process in started), f"{stage} ended early: {started[0].read()}"
         assert time.monotonic() < deadline, f"{stage} {flags}: not ready after 300 s"
         time.sleep(0.02)
     time.sleep(delay)
+    for rank in range(processes) if ranks is None else ranks:
+        started[rank].signal(number)
+    if ranks is not None:
+        time.sleep(0.5)  # as long as a launcher takes to notice
     for process in started:
         process.signal(number)
     codes = [process.wait(120) for process in started]

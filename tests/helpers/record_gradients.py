@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.stages import STAGES
+from pipeline.models.sharding import whole
 from pipeline.training.stage import launch
 
 import torch
@@ -23,7 +24,7 @@ class Done(Exception):
 
 
 def store(out: Path, name: str, parameters: Any) -> None:
-    gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+    gradients = [whole(p.grad).clone() for p in parameters if p.grad is not None]
     assert gradients
     if PartialState().is_main_process:
         torch.save(gradients, out.with_name(f"{out.name}-{name}.pt"))
@@ -32,7 +33,7 @@ def store(out: Path, name: str, parameters: Any) -> None:
 def main(stage: str, out: Path, rollout_file: Path, flags: list[str]) -> None:
     module = importlib.import_module(f"pipeline.{stage}")
     if stage == "ppo":
-        collect, clip = module.collect_rollout, torch.nn.utils.clip_grad_norm_
+        collect, clip = module.collect_rollout, module.clip_grad_norm
         names = iter(("policy", "value"))
 
         def stored(*args: Any) -> Any:
@@ -52,7 +53,7 @@ def main(stage: str, out: Path, rollout_file: Path, flags: list[str]) -> None:
             return clip(parameters, *args)
 
         module.collect_rollout = stored
-        torch.nn.utils.clip_grad_norm_ = record
+        module.clip_grad_norm = record
     else:
 
         def record_trainer(self: Any, parameters: Any, *args: Any, **kwargs: Any) -> Any:

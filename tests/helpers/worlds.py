@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import ppo
+from pipeline import ppo, reward
 from pipeline.algorithms.logprobs import tempered_logits
 from pipeline.config.stages import STAGES
 from pipeline.data.encoding import ROLE_TEMPLATE, ROLE_TOKENS, ChatEncoder
 from pipeline.models.loading import load_causal_lm
+from pipeline.models.reward_model import init_head, load_scalar_model, set_offset
 from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer
 from pipeline.training.stage import launch
 
@@ -25,8 +26,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 Distribution = dict[tuple[int, ...], float]
 
 
-def make_policy(folder: Path, symbols: str, seed: int = 0, prompts: str = "ab") -> Path:
-    """A random Llama of one layer over `symbols`, with pad, eos and role tokens of its own; prompts are single symbols."""
+def make_policy(
+    folder: Path, symbols: str, seed: int = 0, prompts: str = "ab", layers: int = 1, head_size: int = 8
+) -> Path:
+    """A random Llama over `symbols`, with pad, eos and role tokens of its own; prompts are single symbols."""
     words = ["<|pad|>", "<|eos|>", "<|unk|>", *ROLE_TOKENS, *symbols]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -41,9 +44,9 @@ def make_policy(folder: Path, symbols: str, seed: int = 0, prompts: str = "ab") 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(words),
-        hidden_size=16,
+        hidden_size=2 * head_size,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -57,6 +60,46 @@ def make_policy(folder: Path, symbols: str, seed: int = 0, prompts: str = "ab") 
     tokenizer.save_pretrained(folder)
     (folder.parent / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts * 8))
     return folder
+
+
+def make_reward(folder: Path, policy: Path, scale: float = 1.0) -> Path:
+    """A reward model on the policy's backbone with a random head; its raw scores and its offset are about as large as `scale`."""
+    model: Any = load_scalar_model(str(policy))
+    init_head(model, scale, seed=0)
+    set_offset(model, scale)
+    tokenizer = load_tokenizer(str(policy))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train_reward(folder: Path, parent: Path, lora: bool | dict[str, Any]) -> Path:
+    """Run the real reward stage in this process, for six steps; returns its output folder."""
+    data = folder / "rankings.jsonl"
+    folder.mkdir()
+    data.write_text(
+        "".join(
+            json.dumps(
+                {"prompt": "abcd"[i % 4] * (1 + i % 3), "chosen": "b" * (1 + i % 3), "rejected": "ca"[: 1 + i % 2]}
+            )
+            + "\n"
+            for i in range(64)
+        )
+    )
+    recipe: dict[str, Any] = {
+        "parent": str(parent), "output_dir": str(folder / "out"), "datasets": [{"path": str(data)}], "held_out_fraction": 0.3,
+        "precision": "fp32", "threads": 1, "quiet": True, "max_tokens": 32, "examples_per_step": 8, "max_steps": 6,
+        "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 100,
+    }  # fmt: skip
+    path = folder / "reward.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            recipe | ({"lora": lora} if isinstance(lora, dict) else {"lora": {"r": 4, "alpha": 8}} if lora else {})
+        )
+    )
+    launch("reward", STAGES["reward"], reward.main, ["--config", str(path)])
+    return folder / "out"
 
 
 def write_recipe(folder: Path, policy: Path, body: str, **changes: Any) -> Path:

@@ -5,66 +5,23 @@ They need Debian's chromium and playwright, and are skipped with a word where on
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helpers.browser import PHONE, accessible, chromium, in_chromium, page_of, wait_shown
 from helpers.labeling import Client, add_labeler, comparisons, labeling_folder, read_jsonl, rlhf, serving
 
 import pytest
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"),
-]
+pytestmark = in_chromium
 FLAGS = ["Hallucination", "Harmful advice"]
-PHONE = {"width": 390, "height": 844}
-SHOTS = os.environ.get("LABELING_SCREENSHOTS")  # a folder for screenshots to look at
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as launched:
         yield launched
-        launched.close()
-
-
-@dataclass
-class Watched:
-    """A page, and what it did that no page may: errors, words in the console, requests elsewhere."""
-
-    page: Any
-    faults: list[str] = field(default_factory=list)
-
-    def shoot(self, name: str) -> None:
-        if SHOTS:
-            Path(SHOTS).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=Path(SHOTS) / f"{name}.png")
-
-
-@contextlib.contextmanager
-def page_of(browser: Any, url: str, token: str, **options: Any) -> Iterator[Watched]:
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-    page = context.new_page()
-    watched = Watched(page)
-    page.on("pageerror", lambda error: watched.faults.append(str(error)))
-    page.on("console", lambda message: watched.faults.append(message.text))
-    page.on("dialog", lambda dialog: watched.faults.append(dialog.message))
-    page.on(
-        "request",
-        lambda request: watched.faults.append(request.url) if not request.url.startswith((url, "data:")) else None,
-    )
-    page.goto(f"{url}/in/{token}")
-    yield watched
-    assert not watched.faults
-    context.close()
 
 
 def wait_done(page: Any, count: int) -> None:
@@ -72,25 +29,6 @@ def wait_done(page: Any, count: int) -> None:
     page.wait_for_function(
         "() => !document.getElementById('submit').disabled || !document.getElementById('empty').hidden"
     )
-
-
-def wait_shown(page: Any, text: str) -> None:
-    try:
-        page.wait_for_function("text => document.body.innerText.includes(text)", arg=text, timeout=10_000)
-    except playwright.TimeoutError:
-        raise AssertionError(f"{text!r} is not in the page: {page.inner_text('body')[:2000]}") from None
-
-
-def accessible(page: Any) -> None:
-    """Deque's axe finds nothing serious in the page as it is now."""
-    axe = pytest.importorskip("axe_playwright_python", reason="axe is not installed")
-    (source,) = Path(axe.__file__).parent.rglob("axe.min.js")
-    page.evaluate(source.read_text(encoding="utf-8"))
-    found = page.evaluate("() => axe.run()")["violations"]
-    serious = [
-        (fault["id"], fault["nodes"][0]["html"][:200]) for fault in found if fault["impact"] in ("serious", "critical")
-    ]
-    assert not serious
 
 
 def exported(folder: Path, kind: str = "rankings") -> list[dict[str, Any]]:

@@ -191,6 +191,48 @@ def test_files_of_label_studio_and_argilla_are_imported(tmp_path: Path) -> None:
         assert (row["prompt"], row["responses"], row["ranks"]) == ("p", ["a", "b"], [2, 1])
 
 
+FOREIGN: dict[str, list[dict[str, Any]]] = {
+    "label-studio pairwise": [label_studio(1, "left"), label_studio(2, "right"), label_studio(3, None)],
+    "label-studio ranker": [
+        {"id": 7, "data": {"prompt": "p", "source": "crm", "items": [{"id": n, "title": n, "body": n * 3} for n in "xyz"]},
+         "annotations": [
+             {"completed_by": {"id": 4, "email": "a@b.c"}, "lead_time": 12.5, "was_cancelled": False,
+              "result": [{"from_name": "r", "to_name": "i", "type": "ranker", "value": {"ranker": {"rank": ["y", "x", "z"]}}}]},
+             {"completed_by": 5, "was_cancelled": True, "result": []},
+             {"completed_by": 6, "lead_time": 3,
+              "result": [{"from_name": "r", "to_name": "i", "type": "ranker",
+                          "value": {"ranker": {"rank-1": ["z", "x"], "rank-2": ["y"], "_": []}}}]}]}
+    ],
+    "argilla ranking": [
+        {"id": "u", "status": "completed", "metadata": {"source": "crm"},
+         "fields": {"prompt": "p", "response-1": "a", "response-2": "b", "response-3": "c"},
+         "responses": {"order": [{"user_id": "ana", "value": [{"value": "response-2", "rank": 1}, {"value": "response-1", "rank": 2},
+                                                              {"value": "response-3", "rank": 2}], "status": "submitted"},
+                                 {"user_id": "ben", "value": ["response-1", "response-3", "response-2"], "status": "submitted"},
+                                 {"user_id": "eva", "value": ["response-3", "response-1", "response-2"], "status": "draft"}]}}
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("format_name", ["label-studio", "argilla"])
+def test_a_foreign_file_imported_exported_and_imported_again_is_the_same(
+    tmp_path: Path, name: str, format_name: str
+) -> None:
+    (tmp_path / "theirs.json").write_text(json.dumps(FOREIGN[name], indent=2), encoding="utf-8")
+    exports = []
+    for folder, file in (("one", "theirs.json"), ("two", "out.json")):
+        done = import_labels(tmp_path / folder, tmp_path / file)
+        project = open_project(tmp_path / folder)
+        rows = read_jsonl(export(project.store, project.settings).folder / "rankings.jsonl")
+        exports.append([without(row, "id", "item") for row in rows])
+        assert done.labels == len(rows) == 2
+        if folder == "one":
+            write_labels(project.store, format_name, tmp_path / "out.json")
+        project.store.close()
+    assert exports[0] == exports[1]
+
+
 @pytest.mark.parametrize(
     "row",
     [{"prompt": "p"}, {"data": {"items": [{"id": 1}]}, "annotations": []}, {"fields": {"a": "b"}, "responses": 3}],

@@ -23,6 +23,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     CohereConfig,
     FalconConfig,
+    FalconH1Config,
+    Gemma3nTextConfig,
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
@@ -115,6 +117,34 @@ def test_an_architecture_without_a_classifier_gets_one(kind: Any, tmp_path: Path
     change_weights(tmp_path / "reward", lambda w: {k: v for k, v in w.items() if "score" not in k})
     with pytest.raises(UserError, match="lacks 1 of"):
         load_scalar_model(str(tmp_path / "reward"))
+
+
+def test_a_classifier_without_a_class_in_transformers_is_the_text_model_whole(tmp_path: Path) -> None:
+    """Buffers that no file holds are set, and the family's configuration with pictures is not built from its defaults."""
+    mamba = {
+        "mamba_d_ssm": 16,
+        "mamba_n_heads": 2,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    }
+    gemma = {
+        "head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 50,
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": None,
+    }
+    for kind, sizes in ((FalconH1Config, mamba), (Gemma3nTextConfig, gemma)):
+        whole = AutoModelForCausalLM.from_config(kind(vocab_size=50, pad_token_id=0, **SIZES, **sizes))
+        folder = tmp_path / kind.model_type
+        whole.save_pretrained(folder)
+        model = load_scalar_model(str(folder)).eval()
+        assert type(model.config) is kind
+        held, expected = dict(model.model.named_buffers()), dict(whole.model.named_buffers())
+        assert all(torch.equal(held[name], expected[name]) for name in expected)
 
 
 def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path: Path) -> None:

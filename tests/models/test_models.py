@@ -14,6 +14,7 @@ from pipeline.models.packed import pad
 from pipeline.models.precision import cast_frozen_linears_to_bf16
 from pipeline.models.reward_model import (
     OFFSET,
+    ScoreReader,
     ValueModel,
     check_one_score_head,
     init_head,
@@ -49,6 +50,23 @@ def test_the_head_starts_small(scalar: Any) -> None:
     assert torch.equal(first, scalar_head(scalar).weight), "the seed decides"
     init_head(scalar, 0.0, 3)
     assert scalar_head(scalar).weight.abs().max() == 0
+
+
+@pytest.mark.parametrize("shares", [2, 3, 7])
+def test_shares_of_a_scoring_add_up_to_all_scores(shares: int, scalar: Any, tokenizer: Any) -> None:
+    """To the bit, since the passes are the same; each share makes equally many, as a sharded model needs."""
+    calls: list[int] = []
+    scalar.register_forward_pre_hook(lambda *_: calls.append(0))
+    reader = ScoreReader(scalar)
+    reader.register_forward_pre_hook(lambda *_: calls.append(1))
+    options: dict[str, Any] = {"pad_id": tokenizer.pad_token_id, "tokens_per_batch": 1}
+    whole = score_ids(reader, PROMPTS, **options)
+    calls.clear()
+    parts = []
+    for own in range(shares):
+        parts.append(score_ids(reader, PROMPTS, **options, share=(own, shares)))
+        assert calls.count(1) == (own + 1) * -(-len(PROMPTS) // shares)
+    assert torch.equal(torch.stack(parts).sum(0), whole)
 
 
 def test_scores_are_read_at_the_last_token_whatever_the_batch(scalar: Any, tokenizer: Any) -> None:

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from helpers.ppo_training import one_rollout, train_all, with_training
-from helpers.worlds import make_policy, train
-from pipeline import ppo, reward
-from pipeline.config.stages import STAGES
+from helpers.worlds import make_policy, train, train_reward
+from pipeline import ppo
 from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.reward_model import load_scalar_model, score_ids
-from pipeline.training.stage import Run, launch
+from pipeline.training.stage import Run
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 COUNT_B = "return float(response.count('b'))"
@@ -178,29 +176,6 @@ def test_adapters_on_a_quantised_base(policy: Path, tmp_path: Path, quantization
 # ---------------------------------------------------------------------------------------------- a reward that is an adapter
 
 
-def train_reward(folder: Path, parent: Path, lora: bool | dict[str, Any]) -> Path:
-    data = folder / "rankings.jsonl"
-    folder.mkdir()
-    data.write_text(
-        "".join(
-            json.dumps(
-                {"prompt": "abcd"[i % 4] * (1 + i % 3), "chosen": "b" * (1 + i % 3), "rejected": "ca"[: 1 + i % 2]}
-            )
-            + "\n"
-            for i in range(64)
-        )
-    )
-    recipe: dict[str, Any] = {
-        "parent": str(parent), "output_dir": str(folder / "out"), "datasets": [{"path": str(data)}], "held_out_fraction": 0.3,
-        "precision": "fp32", "threads": 1, "quiet": True, "max_tokens": 32, "examples_per_step": 8, "max_steps": 6,
-        "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 100,
-    }  # fmt: skip
-    path = folder / "reward.yaml"
-    path.write_text(yaml.safe_dump(recipe | ({"lora": lora} if isinstance(lora, dict) else LORA if lora else {})))
-    launch("reward", STAGES["reward"], reward.main, ["--config", str(path)])
-    return folder / "out"
-
-
 def against(run: Path, policy: Path, reward_path: Path, use: Any, **changes: Any) -> Any:
     return with_training(run, policy, COUNT_B, use, **{**SHORT, "reward": str(reward_path), **changes})
 
@@ -318,3 +293,27 @@ def test_policy_average_and_value_are_handed_on_in_bf16(policy: Path, tmp_path: 
             assert tensor.dtype == (torch.float32 if weight == "score.weight" else torch.bfloat16)
             assert torch.equal(tensor, full[weight].to(tensor.dtype))
     assert any(not torch.equal(stored[""][weight], stored["ema"][weight]) for weight in stored[""])
+
+
+@pytest.mark.parametrize("roles", ROLES)
+def test_recomputed_activations_change_nothing(policy: Path, tmp_path: Path, roles: str) -> None:
+    """A layer computes twice per update, once while nothing is trained, and samples with its cache; the weights are the same."""
+    files, passes = [], []
+    for recomputed in (False, True):
+        folder = tmp_path / str(recomputed)
+        training, rollout = trained(policy, folder, roles, gradient_checkpointing=recomputed)
+        files.append(load_file(folder / "out" / "model.safetensors"))
+        attention = training.learner.networks.policy.model.model.layers[0].self_attn
+        calls: list[Any] = []
+        hook = attention.register_forward_hook(lambda *_, calls=calls: calls.append(None))
+        training.learner.accumulate_gradients(rollout)
+        updates = len(calls)
+        prompts = training.prompts.of_rollout(0, 4, 0)
+        with training.collector.networks.sampler("policy") as model:
+            caches = model(input_ids=torch.tensor([prompts[0].ids]), use_cache=True).past_key_values
+        hook.remove()
+        passes.append(updates)
+        assert caches is not None
+        assert caches.get_seq_length() == len(prompts[0].ids)
+    assert passes[1] == 2 * passes[0] > 0
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])

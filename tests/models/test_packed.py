@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from pipeline.models.packed import PACKED, hidden_states, length_buckets, pack
-from pipeline.models.trials import enable_packed_attention, isolates_packed_documents
+from pipeline.errors import UserError
+from pipeline.models.packed import PACKED, body, hidden_states, length_buckets, pack
+from pipeline.models.trials import enable_packed_attention, isolates_packed_documents, require_causal
 
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 
 ROWS = [[5, 9, 4, 7, 11, 3, 8, 2, 6, 10, 4, 9], [3], [8, 2, 6, 5], [7, 7, 9, 12, 1, 5, 6]]
 SIZES: dict[str, dict[str, Any]] = {
@@ -179,3 +181,41 @@ def test_trials_leave_the_random_state_alone(tiny_lm: Any) -> None:
     isolates_packed_documents(model)
     assert torch.equal(before, torch.get_rng_state())
     assert model.training
+
+
+@pytest.mark.parametrize(("config", "causal"), [("BertConfig", False), ("BertConfig", True), ("XLNetConfig", False)])
+def test_a_model_that_sees_later_tokens_is_no_language_model(config: str, causal: bool) -> None:
+    """An encoder loads as a language model; it would be trained to copy its answers."""
+    bert = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "is_decoder": causal,
+    }
+    sizes = bert if config == "BertConfig" else {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(vocab_size=64, **sizes))
+    if causal:
+        require_causal(model, "here")
+    else:
+        with pytest.raises(UserError, match="here' predicts tokens from those that follow them"):
+            require_causal(model, "here")
+
+
+def test_a_text_model_under_another_name_than_its_class_says_is_found() -> None:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 32,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    experts = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "attention_chunk_size": 4}
+    model = AutoModelForCausalLM.from_config(
+        transformers.Llama4TextConfig(vocab_size=64, pad_token_id=0, **sizes, **experts)
+    )
+    assert model.base_model is model, "its prefix names no part of it"
+    assert body(model)(input_ids=torch.tensor([[5, 6]])).last_hidden_state.shape == (1, 2, 32)
+    assert isolates_packed_documents(model) in (True, False)
+    assert enable_packed_attention(model) in (True, False)

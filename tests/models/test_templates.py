@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from helpers.chat_templates import FAMILIES, spaced_tokenizer, with_family
-from pipeline.data.chat_template import CHATML_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate, TemplateRefusal, freeze_date
+from pipeline.data.chat_template import (
+    CHATML_TEMPLATE,
+    PLAIN_TEMPLATE,
+    ROLE_TEMPLATE,
+    ChatTemplate,
+    TemplateRefusal,
+    freeze_date,
+)
 from pipeline.data.encoding import IGNORE, ChatEncoder
 from pipeline.data.records import at_row
 from pipeline.errors import UserError
@@ -19,6 +26,8 @@ from pipeline.models.tokenizers import assign_template, template_identity
 
 import pytest
 import trl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 Messages = list[dict[str, str]]
 CARRIED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
@@ -75,6 +84,61 @@ def test_no_content_becomes_a_control_token(family: ChatEncoder, text: str) -> N
     assert sum(i in control for i in ids) == plain, "the template's own control tokens and no more"
     assert not control & set(family.response_ids(text)[:-1])
     assert text in family.tokenizer.decode(ids), "and nothing of it is lost"
+
+
+CONTROL_TEXTS = sorted(
+    {
+        token
+        for family in FAMILIES.values()
+        for token in (*family.special, *family.ordinary, family.bos, family.eos)
+        if token
+    }
+)
+CONTENTS = st.lists(
+    st.one_of(st.sampled_from([*CONTROL_TEXTS, "<", "|>", " ", "\n", "\n\n", "▁", "a", "Straße 日本語 🙂"]), st.text(max_size=3)),
+    min_size=1,
+    max_size=5,
+).map("".join)  # fmt: skip
+
+
+def ids_by_places(encoder: ChatEncoder, parts: list[tuple[str, bool]]) -> list[int]:
+    """Ids of parts as they are where every token's place in the text is looked at."""
+    text, contents = "", []
+    for part, content in parts:
+        if content and part:
+            contents.append((len(text), len(text) + len(part)))
+        text += part
+    (encoding,) = encoder.tokenizer([text], add_special_tokens=False).encodings or []
+    return encoder.text.correct(text, contents, encoding)[0]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(contents=st.lists(CONTENTS, min_size=1, max_size=4))
+def test_many_rows_in_one_call_have_the_ids_of_each_alone(family: ChatEncoder, contents: list[str]) -> None:
+    encode_in_one_call(family, contents)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_many_rows_in_one_call_have_the_ids_of_each_alone_with_sentencepiece(legacy: bool) -> None:
+    tokenizer = spaced_tokenizer(legacy)
+    for template in (ROLE_TEMPLATE, PLAIN_TEMPLATE, FAMILIES["llama 2"].template):
+        tokenizer.chat_template = template
+        for content in ("a kettle", " a", "<|user|>", "x<s>y", "\n</s>", "▁", "a<|assistant|>", "<|user|>\n my"):
+            encode_in_one_call(ChatEncoder(tokenizer), [content, "of course", content + content])
+
+
+def encode_in_one_call(encoder: ChatEncoder, contents: list[str]) -> None:
+    prompts = [[user(text)] for text in contents] + [[user(contents[0]), assistant("Yes."), user(contents[-1])]]
+    parts = [encoder.prompt_parts(prompt) for prompt in prompts]
+    together = [tokenized.ids for tokenized in encoder.text.tokenize(parts)]
+    assert together == [encoder.prompt_ids(prompt) for prompt in prompts] == [ids_by_places(encoder, p) for p in parts]
+    answers = encoder.text.tokenize([encoder.response_parts(text) for text in contents])
+    assert [encoder.finish_response(answer) for answer in answers] == [encoder.response_ids(text) for text in contents]
+    for answer in answers:
+        assert answer.ids == ids_by_places(encoder, list(answer.parts))
+    dialogues = [[*prompt, assistant(text)] for prompt, text in zip(prompts, contents, strict=False)]
+    planned = [dialogue for messages in dialogues for dialogue in encoder.dialogues(messages)]
+    assert list(encoder.encode_dialogues(planned)) == [example for d in dialogues for example in encoder.examples(d)]
 
 
 def test_an_answer_follows_the_prompt_and_ends_where_the_template_ends_it(family: ChatEncoder) -> None:
@@ -288,3 +352,100 @@ def test_the_plain_template_has_the_same_ids_whole_and_apart(tokenizer: Any) -> 
     assert encoder.notes == []
     apart = encoder.text_ids(words)
     assert any(ids[i : i + len(apart)] == apart for i in range(len(ids))), "no lone space before the first word"
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+OPENED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def with_chatml(tokenizer: Any, template: str, **tokens: str) -> Any:
+    changed = with_family(tokenizer, "chatml on a base")
+    changed.add_special_tokens(tokens)
+    changed.chat_template = template
+    return changed
+
+
+def test_a_template_that_ignores_the_generation_prompt_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"ignores add_generation_prompt but writes '<\|im_start\|>assistant\\n' before an answer"
+    ):
+        ChatEncoder(with_chatml(tokenizer, CHATML))
+
+
+def test_of_two_tokens_that_end_an_answer_the_first_is_trained(tokenizer: Any) -> None:
+    """The template's text up to the first is what serving shows; the second would stand where the first belongs."""
+    template = CHATML.replace("<|im_end|>\n", "<|im_end|>{{ eos_token }}") + OPENED
+    encoder = ChatEncoder(with_chatml(tokenizer, template))
+    messages = [user("a kettle"), assistant("Sorry."), user("And?"), assistant("Yes.")]
+    ids, labels = encoder.dialogue(messages)
+    whole = served(encoder, messages, generation=False)
+    assert ids == whole[: len(ids)]
+    assert encoder.tokenizer.decode([i for i in labels if i != IGNORE]) == "Sorry.<|im_end|>Yes.<|im_end|>"
+
+
+def test_a_template_without_a_token_that_ends_an_answer_is_named(tokenizer: Any) -> None:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    assert any("writes no token that ends an answer" in note for note in ChatEncoder(changed).notes)
+
+
+def test_a_template_that_cuts_long_contents_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="changes the text of"):
+        ChatEncoder(with_chatml(tokenizer, CHATML.replace("m.content", "m.content[:500]") + OPENED))
+
+
+def test_thoughts_that_the_template_leaves_out_of_history_are_left_out_in_training(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    written = "{{ m.content.split('</think>')[-1] | trim if m.role == 'assistant' and not loop.last else m.content }}"
+    encoder = ChatEncoder(with_chatml(tokenizer, CHATML.replace("{{ m.content }}", written) + OPENED))
+    messages = [user("a kettle"), assistant("<think>\nhm\n</think>\n\nSorry."), user("And?")]
+    assert encoder.prompt_ids(messages) == served(encoder, messages)
+    assert "rewrites assistant messages that hold text such as '</think>'" in caplog.text
+    # Each answer is learnt with its thought, after the prompt that it followed.
+    examples = encoder.examples([*messages, assistant("Yes.")])
+    learnt = [encoder.texts([[i for i in labels if i != IGNORE]])[0] for _, labels in examples]
+    assert learnt == ["<think>\nhm\n</think>\n\nSorry.", "Yes."]
+
+
+def test_a_template_that_reads_contents_and_changes_what_is_around_them_refuses_the_row(tokenizer: Any) -> None:
+    mode = "{% if '/think' in messages[-1].content %}<|im_start|>system\nThink.<|im_end|>\n{% endif %}"
+    encoder = ChatEncoder(with_chatml(tokenizer, mode + CHATML + OPENED))
+    assert encoder.prompt_ids([user("a kettle")])
+    record: Any = {"file": "chats.jsonl", "line": 7}
+    with (
+        pytest.raises(UserError, match="writes other text around a user message that holds '/think'") as refusal,
+        at_row(record),
+    ):
+        encoder.prompt_ids([user("a kettle /think")])
+    assert str(refusal.value).startswith("chats.jsonl:7: ")
+
+
+def test_system_text_that_the_template_writes_into_the_last_turn_is_there_in_training(tokenizer: Any) -> None:
+    """Mistral's templates since v3."""
+    template = (
+        "{% if messages[0].role == 'system' %}{% set first = messages[0].content %}{% set rest = messages[1:] %}"
+        "{% else %}{% set rest = messages %}{% endif %}{{ bos_token }}{% for m in rest %}{% if m.role == 'user' %}"
+        "[INST] {% if loop.last and first is defined %}{{ first + '\n\n' }}{% endif %}{{ m.content }}[/INST]"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    encoder = ChatEncoder(with_chatml(tokenizer, template, bos_token="<s>"))
+    for messages in DIALOGUES:
+        assert encoder.prompt_ids(messages) == served(encoder, messages)
+    assert "Be kind.\n\nx[/INST]" in encoder.tokenizer.decode(encoder.prompt_ids(DIALOGUES[2]))
+    labels = encoder.dialogue([*DIALOGUES[2], assistant("fine")], [False, False, True, False, False, False, True])[1]
+    assert encoder.tokenizer.decode([i for i in labels if i != IGNORE]).split() == [
+        "Yes.<|endoftext|>",
+        "fine<|endoftext|>",
+    ]
+
+
+def test_control_text_in_data_is_named_once_with_its_row(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = ChatEncoder(with_family(tokenizer, "qwen 3"))
+    caplog.clear()
+    for line in (3, 4):
+        record: Any = {"file": "chats.jsonl", "line": line}
+        with at_row(record):
+            encoder.prompt_ids([user("what does <think> do?")])
+    said = [record.message for record in caplog.records if "stays text" in record.message]
+    assert said == ["text that looks like a control token stays text in data: '<think>' (first in chats.jsonl:3)"]

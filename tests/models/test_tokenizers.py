@@ -15,7 +15,14 @@ from helpers.launches import ROOT
 from pipeline.data.encoding import ChatEncoder
 from pipeline.errors import UserError
 from pipeline.models.tokenizer_training import train_tokenizer
-from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, require_pad, set_stop_tokens, stop_token_ids
+from pipeline.models.tokenizers import (
+    complete_chat_model,
+    forbidden_token_ids,
+    load_tokenizer,
+    require_pad,
+    set_stop_tokens,
+    stop_token_ids,
+)
 
 import pytest
 from tokenizers import AddedToken
@@ -154,6 +161,13 @@ def test_a_folder_without_a_tokenizer_is_told_in_one_line(tmp_path: Path) -> Non
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("path", ["/none/at/all", "runs/demo", "./sft", "runs/demo/rewrd"])
+def test_a_folder_that_is_missing_is_told_as_one(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_tokenizer(path)
+
+
 def test_pad_apart_from_eos_is_required(tokenizer: Any) -> None:
     require_pad(tokenizer, "here")
     changed = copy.deepcopy(tokenizer)
@@ -192,3 +206,18 @@ def test_only_one_file_lists_stop_and_forbidden_ids() -> None:
                 assert not isinstance(node.value, ast.List | ast.Set | ast.ListComp), (
                     f"{where}: {node.arg} is made here"
                 )
+
+
+def test_a_pad_that_ends_answers_is_replaced_and_never_taken_as_it_is(
+    tokenizer: Any, tiny_lm: Any, tmp_path: Path
+) -> None:
+    """ChatML's end as pad, with another EOS: an answer's end would be masked as padding."""
+    changed = with_family(tokenizer, "chatml on a base")
+    changed.pad_token = "<|im_end|>"
+    with pytest.raises(UserError, match=r"here' pads with '<\|im_end\|>', which ends an answer"):
+        require_pad(changed, "here")
+    encoder, notes = complete_chat_model(changed, copy.deepcopy(tiny_lm), None, str(tmp_path))
+    assert changed.pad_token_id not in (encoder.end_id, encoder.eos_id)
+    assert encoder.end_id == changed.convert_tokens_to_ids("<|im_end|>")
+    assert any("pad ended answers too" in note for note in notes)
+    require_pad(changed, "here")

@@ -60,6 +60,10 @@ def test_what_does_not_fit_is_said_with_what_helps(paper: dict[str, Any]) -> Non
     assert not paper["ppo"]["fits"]
     assert "refuses zero3" in " ".join(paper["ppo"]["notes"])
     assert "nothing that this stage offers" in paper["ppo"]["advice"][-1]
+    whole, rest = paper["ppo"]["advice"][-2].split("; ")
+    assert whole == "every device holds the whole policy, to sample (325.2 GiB), however many there are"
+    assert rest == "all else does not fit either"
+    assert any("sft refuses 1,024 processes: examples_per_step (8)" in note for note in paper["sft"]["notes"])
     assert paper["ppo"]["largest_batch"] == {"micro_batch_tokens": 0}
 
 
@@ -212,6 +216,7 @@ def test_a_recipe_with_data_is_counted() -> None:
         assert stage["memory_total"] == pytest.approx(sum(stage["memory"].values()), abs=8)
 
 
+@pytest.mark.full
 def test_planned_memory_is_what_ppo_uses(
     chain: Path, recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,8 @@ def networks(config: Any = LLAMA) -> PPOModels:
 
 def recipe(**changes: Any) -> Any:
     values = {
-        "roles": "separate", "ppo_epochs": 4, "total_rollouts": 10, "prompts_per_rollout": 8, "minibatches": 2, "ptx_coef": 0.0,
+        "roles": "separate", "offload": "none", "engine": "local", "gradient_checkpointing": False,
+        "ppo_epochs": 4, "total_rollouts": 10, "prompts_per_rollout": 8, "minibatches": 2, "ptx_coef": 0.0,
         "max_prompt_tokens": 10, "max_response_tokens": 10, "micro_batch_tokens": 80, "generation_rows": 8, "ema_decay": None,
         "lora": None, "quantization": None,
     }  # fmt: skip

@@ -200,7 +200,11 @@ def test_sharded_backends(
     chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "does not work under FSDP yet" in refused(capsys, "reward", flags("reward", chain, recipes, tmp_path))
+    assert "asks for FSDP1; say `fsdp_version: 2`" in refused(
+        capsys, "reward", flags("reward", chain, recipes, tmp_path)
+    )
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert "does not run under DeepSpeed" in refused(capsys, "reward", flags("reward", chain, recipes, tmp_path))
 
 
 def test_a_folder_in_use(chain: Path, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

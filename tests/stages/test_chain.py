@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 KEYS = {
     "stage", "status", "recipe", "config", "parents", "datasets", "tokenizer_sha256", "chat_template_sha256", "code", "packages", "hardware",
-    "seconds", "flops", "metrics", "started", "finished", "processes", "resumed_from", "weights_sha256", "fingerprint",
+    "seconds", "flops", "metrics", "started", "finished", "processes", "sharding", "resumed_from", "weights_sha256", "fingerprint",
     "config_sha256", "adapter_sha256", "inputs",
 }  # fmt: skip
 
@@ -167,3 +168,20 @@ def test_a_finished_stage_is_not_run_again(
 
 def _history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.full
+def test_sft_without_packing_learns_what_packed_rows_teach(chain: Path, recipes: Path, tmp_path: Path) -> None:
+    """One example per row: the same demonstrations in more rows, and no warning of a model that cannot pack."""
+    launch(
+        "sft",
+        tiny_flags(
+            "sft", tmp_path, config=recipes / "sft.yaml", report_to=None, parent=chain / "pretrain", packing=False
+        ),
+    )
+    alone, packed = (json.loads((run / "sft" / "lineage.json").read_text()) for run in (tmp_path, chain))
+    assert alone["metrics"]["demonstrations"] == packed["metrics"]["demonstrations"]
+    log, packed_log = ((run / "sft" / "log.txt").read_text() for run in (tmp_path, chain))
+    rows, packed_rows = (int(re.search(r"in (\d+) rows", text)[1]) for text in (log, packed_log))
+    assert rows == alone["metrics"]["demonstrations"] > packed_rows
+    assert alone["metrics"]["perplexity"] < 1000

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from helpers.ppo_training import one_rollout, train_all, with_training
-from helpers.worlds import make_policy, write_recipe
+from helpers.worlds import make_policy, make_reward, write_recipe
 from pipeline import ppo, pretrain, reward, sft
 from pipeline.config.stages import STAGES
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.packed import is_packed
 from pipeline.models.precision import PRETEND
-from pipeline.models.reward_model import init_head, load_scalar_model, scalar_head, set_offset
-from pipeline.models.tokenizers import load_tokenizer
+from pipeline.models.reward_model import scalar_head
 from pipeline.rollout.engine import CachedDecoder, decoder_of
 from pipeline.training.stage import Run, launch
 
@@ -53,18 +52,6 @@ def forget_launch() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def make_reward(folder: Path, policy: Path) -> Path:
-    """A reward model on the policy's backbone with a random head; raw scores and offset are large."""
-    model: Any = load_scalar_model(str(policy))
-    init_head(model, OFFSET, seed=0)
-    set_offset(model, OFFSET)
-    tokenizer = load_tokenizer(str(policy))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def reward_model_of(training: ppo.Training) -> Any:
     """The reward model that the scorer holds."""
     (part,) = training.collector.scorer.parts
@@ -82,7 +69,7 @@ def in_bf16_steps(values: torch.Tensor) -> bool:
 @pytest.mark.parametrize("roles", ARRANGEMENTS)
 def test_ppo_takes_a_gpus_decisions(tmp_path: Path, roles: str) -> None:
     policy = make_policy(tmp_path / "sft", "abcd")
-    folder = make_reward(tmp_path / "reward", policy)
+    folder = make_reward(tmp_path / "reward", policy, OFFSET)
 
     def use(training: ppo.Training, run: Run[Any]) -> None:
         collector, networks = training.collector, training.collector.networks

@@ -75,7 +75,7 @@ def test_a_run_learns_and_leaves_plain_folders(
     assert lineage(folder)["status"] == "complete"
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=pytest.mark.full)])
 def test_merged_weights_answer_like_the_adapter(stage: str, chain: Path, recipes: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 

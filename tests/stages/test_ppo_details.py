@@ -497,7 +497,8 @@ def test_a_run_killed_in_its_final_evaluation_can_still_finish(policy: Path, tmp
 
     def use(training: ppo.Training, run: Run[Any]) -> None:
         ppo.train(training, run)
-        training.learner.load_weights(ppo.load_best(tmp_path / "run" / "out"))
+        weights = training.learner.weights()
+        training.learner.load_weights(ppo.load_best(tmp_path / "run" / "out", weights))
         raise Killed
 
     with pytest.raises(Killed):
@@ -574,7 +575,7 @@ def test_lost_best_networks_are_told_in_one_line(tmp_path: Path) -> None:
         if content is not None:
             (tmp_path / "best.pt").write_bytes(content)
         with pytest.raises(UserError, match=r"best\.pt: is missing or damaged; .* start the same command again"):
-            ppo.load_best(tmp_path)
+            ppo.load_best(tmp_path, {})
 
 
 def test_the_average_of_the_best_rollout_is_kept(policy: Path, tmp_path: Path) -> None:

@@ -39,12 +39,16 @@ def test_the_first_ratio_in_bf16(chain: Path, recipes: Path, tmp_path: Path) -> 
     assert all(row["first_minibatch_log_ratio"] < 2e-2 for row in rows)
 
 
-@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (3, 4), pytest.param(2, 16, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("epochs", "minibatches"),
+    [pytest.param(1, 1, marks=pytest.mark.full), (3, 4), pytest.param(2, 16, marks=pytest.mark.full)],
+)
 def test_step_counts(chain: Path, recipes: Path, tmp_path: Path, epochs: int, minibatches: int) -> None:
     _, metrics = run(chain, recipes, tmp_path, ppo_epochs=epochs, minibatches=minibatches)
     assert metrics["policy_steps"] == metrics["value_steps"] == 2 * epochs * minibatches
 
 
+@pytest.mark.full  # `tests/models/test_networks.py` shows the same of the gradients
 def test_micro_batches_do_not_change_the_update(chain: Path, recipes: Path, tmp_path: Path) -> None:
     """Gradients are sums over the minibatch's tokens, however it is cut."""
     metrics = []

@@ -100,7 +100,8 @@ def test_sequences_with_eos(tmp_path: Path, seed: int, position: str) -> None:
     assert distance(tmp_path / "run" / "out", policy, sequences, beta, 3) < 0.05
 
 
-@pytest.mark.parametrize("seed", [0, *LATER_SEEDS])
+@pytest.mark.full
+@pytest.mark.parametrize("seed", SEEDS)
 def test_token_x(tmp_path: Path, seed: int) -> None:
     beta = 0.5
     policy = make_policy(tmp_path / "sft", "abcdefgh", seed)

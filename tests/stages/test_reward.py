@@ -25,7 +25,7 @@ from pipeline.data.records import parse_ranking
 from pipeline.data.splits import labeler_folds
 from pipeline.errors import UserError
 from pipeline.models.loading import check_context_length
-from pipeline.models.reward_model import init_head, load_scalar_model
+from pipeline.models.reward_model import init_head, load_scalar_model, score_ids
 from pipeline.models.tokenizers import assign_template
 from pipeline.reward import RankingTrainer
 from pipeline.rollout.rewards import DISAGREEMENT, Answers, RewardPart, Scorer, score
@@ -34,6 +34,7 @@ from pipeline.training.stage import launch
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -286,8 +287,9 @@ def test_a_template_is_assigned_once() -> None:
 def test_unit_variance_over_the_parents_answers(scalar: Any, tokenizer: Any, tmp_path: Path) -> None:
     """Scores of answers sampled from the parent spread by 1: the very samples exactly, others nearly (Ziegler et al. 2019)."""
     from pipeline.data.sources import Source
-    from pipeline.models.reward_model import score_ids
-    from pipeline.rollout.score_scale import distinct_prompts, sample_answers, scale_to_unit_variance
+    from pipeline.models.reward_model import ScoreReader, score_ids
+    from pipeline.rollout.score_scale import TrainedScores, distinct_prompts, sample_answers, scale_to_unit_variance
+    from pipeline.training.processes import Processes
 
     tokenizer.chat_template = tokenizer.chat_template or ROLE_TEMPLATE
     lines = (ROOT / "data_cards/demo_comparisons/train.jsonl").read_text(encoding="utf-8").splitlines()[:400]
@@ -298,12 +300,13 @@ def test_unit_variance_over_the_parents_answers(scalar: Any, tokenizer: Any, tmp
     prompts = distinct_prompts([Source("demo", records, "")], [list(range(len(records)))], 128)
     assert len({repr(prompt) for prompt in prompts}) == len(prompts) == 128
     before = scalar.score.weight.clone()
-    scale = scale_to_unit_variance(scalar, encoder, prompts, args)
+    scores = TrainedScores(ScoreReader(scalar), encoder, Processes(), None, torch.device("cpu"))
+    scale = scale_to_unit_variance(scores, prompts, args)
     assert torch.allclose(scalar.score.weight, before * scale)
     assert scale != 1.0
     ids = [encoder.prompt_ids(prompt) for prompt in prompts]
     for seed, tolerance in ((0, 1e-4), (1, 0.2)):
-        rows_of_seed = sample_answers(scalar, encoder, ids, dataclasses.replace(args, seed=seed))
+        rows_of_seed = sample_answers(scores, ids, dataclasses.replace(args, seed=seed))
         assert score_ids(scalar, rows_of_seed, pad_id).std().item() == pytest.approx(1.0, abs=tolerance)
 
 
@@ -326,6 +329,21 @@ def test_a_run_with_every_option_of_the_loss(chain: Path, recipes: Path, tmp_pat
     assert set(metrics["share_of_ceiling_by_labeler"]) == {"ana", "ben", "chloe", "dev", "erik"}
     config = json.loads((folder / "config.json").read_text())
     assert config["score_temperature"] == metrics["temperature"]
+
+
+@pytest.mark.full
+def test_a_reward_model_in_bf16_scores_as_its_rounded_weights_do(chain: Path, recipes: Path, tmp_path: Path) -> None:
+    """Its body is rounded once, its head stays fp32, and scores are those of fp32 up to that rounding."""
+    folder = run(tmp_path, recipes, "", parent=chain / "sft", save_dtype="bf16")
+    weights = load_file(folder / "model.safetensors")
+    assert {str(tensor.dtype) for name, tensor in weights.items() if "score" in name} == {"torch.float32"}
+    assert {str(tensor.dtype) for name, tensor in weights.items() if "score" not in name} == {"torch.bfloat16"}
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole", recipes, "", parent=chain / "sft")
+    ids = [[5, 6, 7, 8], [9, 10]]
+    one, other = (score_ids(load_scalar_model(str(path)).eval(), ids, 1) for path in (folder, whole))
+    assert torch.allclose(one, other, atol=0.05)
+    assert not torch.equal(one, other)
 
 
 def test_unknown_labelers_are_named(chain: Path, recipes: Path, tmp_path: Path) -> None:

@@ -29,18 +29,25 @@ def test_every_random_state_goes_on_where_the_checkpoint_was_saved(tmp_path: Pat
     draws()  # numpy and random keep a second normal number back
     save_checkpoint(run, PPOState(0.1, rollout=2), {"weights": torch.ones(2)}, Processes())
     expected = draws()
-    saved = load_checkpoint(tmp_path / "out" / "checkpoint-2", Processes())
-    assert list(saved) == ["weights"]
+    saved = load_checkpoint(tmp_path / "out" / "checkpoint-2", {"weights": torch.zeros(2)}, Processes())
+    assert torch.equal(saved["weights"], torch.ones(2))
     assert draws() == expected
 
 
 @pytest.mark.parametrize("random_states", [[torch.zeros(3, dtype=torch.uint8)], None], ids=["one tensor", "none"])
 def test_a_checkpoint_with_other_random_states_is_refused_in_one_line(tmp_path: Path, random_states: Any) -> None:
-    torch.save({"weights": torch.ones(2), "random": random_states}, tmp_path / "tensors.pt")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "tensors.pt")
+    torch.save(random_states, tmp_path / "random.pt")
     with pytest.raises(
-        UserError, match=r"tensors\.pt: another version of this package wrote this checkpoint.*output_dir"
+        UserError, match=r"random\.pt: another version of this package wrote this checkpoint.*output_dir"
     ):
-        load_checkpoint(tmp_path, Processes())
+        load_checkpoint(tmp_path, {"weights": torch.ones(2)}, Processes())
+
+
+def test_a_checkpoint_without_random_states_is_refused_in_one_line(tmp_path: Path) -> None:
+    torch.save({"weights": torch.ones(2), "random": [{}]}, tmp_path / "tensors.pt")
+    with pytest.raises(UserError, match="another version of this package wrote this checkpoint"):
+        load_checkpoint(tmp_path, {"weights": torch.ones(2)}, Processes())
 
 
 def test_a_checkpoint_with_other_fields_is_refused_in_one_line(tmp_path: Path) -> None:

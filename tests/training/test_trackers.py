@@ -93,8 +93,8 @@ def test_ppo_leaves_tables_and_one_wandb_run(
     )  # fmt: skip
     save = ppo.save_checkpoint
 
-    def save_and_die(*args: Any) -> None:
-        save(*args)
+    def save_and_die(*args: Any, **options: Any) -> None:
+        save(*args, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -17,6 +17,7 @@ from pipeline.models.trials import fused_head_gives_the_loss
 from pipeline.training import history, progress
 from pipeline.training.identity import weights_sha256
 from pipeline.training.progress import Progress, duration
+from pipeline.training.sharded_trainer import ShardedTrainer
 from pipeline.training.stage import launch
 from pipeline.training.trainer import StageTrainer, save_trained
 
@@ -140,6 +141,19 @@ def test_what_is_overridden_has_the_parameters_that_trainer_gives_it(method: str
     """transformers 5.23: another name or order would leave our version uncalled, or called wrongly."""
     theirs, ours = (list(inspect.signature(getattr(cls, method)).parameters) for cls in (Trainer, StageTrainer))
     assert ours == theirs
+
+
+def test_what_sharding_overrides_is_there_with_the_same_arguments() -> None:
+    """transformers 5.23: a method that is gone would leave a sharded model whole, unsaved or unread."""
+    inherited = [name for name in vars(ShardedTrainer) if not name.startswith("__") and hasattr(Trainer, name)]
+    assert len(inherited) == 10
+    for name in set(inherited) - {"_prepare_for_training"}:  # which hands its arguments on
+        theirs, ours = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (Trainer, ShardedTrainer))
+        assert ours == theirs, name
+    prepare = inspect.getsource(Trainer._prepare_for_training)
+    assert prepare.index("self.create_optimizer()") < prepare.index("if self.is_distributed_loading_by_transformers:")
+    assert "_load_optimizer_and_scheduler(" in prepare
+    assert "self._load_from_checkpoint(" in inspect.getsource(Trainer.train)
 
 
 def test_private_attributes_are_where_resume_looks_for_them() -> None:

@@ -1,23 +1,26 @@
 // The labeler's page: one item at a time.
 import { LETTERS, aboutAnswer, answerFrom, choiceOf, comparison, lanes, setChoice, writing } from "./form.js";
-import { Drafts, Refused, Stopwatch, newName, request } from "./server.js";
-import { element, textBlock } from "./text.js";
+import { Drafts, RETRY_MS, Refused, Stopwatch, insist, newName, request } from "./server.js";
+import { Live } from "./live.js";
+import { element, textBlock, turnOf } from "./text.js";
 
 const settings = JSON.parse(document.body.dataset.settings);
 const at = (id) => document.getElementById(id);
 const drafts = new Drafts((text) => { at("saved").textContent = text; });
 const watch = new Stopwatch();
-const RETRY_MS = 3000;
 let work = { item: null, responses: [] }; // what the server gave
 let answer = answerFrom(null, 0); // what the page holds
 let current = 0; // the answer that keys are about
 let history = []; // own labels, the newest first
 let place = -1; // in `history`; -1: new work
 let busy = 0; // what runs with the server; the page waits for it
+const live = at("new") ? new Live(() => load(), complain) : null; // a chat with a model
 
 const count = () => work.responses.length;
 const comparing = () => count() === 2;
-const locked = () => busy > 0 || work.item === null || Boolean(work.label?.exported);
+const fixed = (label) => Boolean(label?.exported || label?.went_on);
+const locked = () => busy > 0 || work.item === null || fixed(work.label);
+const asking = () => work.chat?.state === "ask";
 
 function complain(text) {
   at("message").textContent = text;
@@ -29,6 +32,7 @@ function complain(text) {
 async function load(item) {
   complain("");
   busy++;
+  live?.leave();
   await drafts.flush();
   try {
     const [next, own] = await Promise.all([request(item ? `/api/item?item=${item}` : "/api/item"), request("/api/history")]);
@@ -51,20 +55,13 @@ async function send(path, body) {
   const submission = { ...body, item: work.item, request: newName(), seconds: watch.seconds(), replaces: work.label?.id ?? 0 };
   at("saved").textContent = "Saving…";
   await drafts.running; // a draft that arrived after the label would count as a change of it
-  for (;;) {
-    try {
-      await request(path, submission);
-      break;
-    } catch (error) {
-      if (error instanceof Refused) {
-        complain(error.message);
-        at("saved").textContent = "NOT saved";
-        busy--;
-        return enable();
-      }
-      complain(`${error.message || "No connection."} Not saved yet; trying again. Keep this page open.`);
-      await new Promise((done) => setTimeout(done, RETRY_MS));
-    }
+  try {
+    await insist(path, submission, (why) => complain(`${why} Not saved yet; trying again. Keep this page open.`));
+  } catch (error) {
+    complain(error.message);
+    at("saved").textContent = "NOT saved";
+    busy--;
+    return enable();
   }
   at("saved").textContent = "Saved";
   await load();
@@ -73,6 +70,7 @@ async function send(path, body) {
 }
 
 function submit() {
+  if (asking() && !busy) return live.ask(work.chat);
   if (locked()) return;
   const problem = missing();
   if (problem) return complain(problem);
@@ -115,41 +113,43 @@ function show(next) {
   current = 0;
   watch.start();
   at("progress").textContent = `${work.done.toLocaleString("en")} done`;
-  at("empty").hidden = work.item !== null;
-  at("prompt").hidden = at("form").hidden = work.item === null;
+  at("empty").hidden = work.item !== null || live !== null;
+  at("prompt").hidden = at("form").hidden = work.item === null && live === null;
   at("notice").textContent = note();
   showPrompt();
   showAnswers();
   showForm();
-  if (changed) scrollTo(0, 0);
+  if (work.chat) live.show(work);
+  else if (changed) scrollTo(0, 0);
 }
 
 function note() {
   if (!work.label) return "";
   if (work.label.exported) return "Your label was exported and can only be read.";
+  if (work.label.went_on) return "The conversation has gone on or ended since this choice; it can only be read.";
   if (work.label.kind === "skip") return `You skipped this one: ${work.label.reason}. You can still judge it.`;
   return work.draft ? "You changed this label and have not saved the change." : "This is your label; you can change it and save it again.";
 }
 
 function showPrompt() {
+  if (live) return live.showConversation(work.prompt);
   if (work.item === null) return at("prompt").replaceChildren();
   const several = work.prompt.length > 1;
-  const turns = work.prompt.map((message) =>
-    element("div", { class: `turn ${message.role === "assistant" ? "assistant" : ""}` }, several ? element("div", { class: "role" }, message.role) : null, textBlock(message.content, `${message.role} message`)));
-  at("prompt").replaceChildren(element("h2", { id: "prompt-heading" }, several ? "Conversation" : "Prompt"), ...turns);
+  at("prompt").replaceChildren(element("h2", { id: "prompt-heading" }, several ? "Conversation" : "Prompt"), ...work.prompt.map((message) => turnOf(message, several)));
 }
 
 function showAnswers() {
   const cards = work.responses.map((text, number) =>
     element("article", { class: "answer", id: `answer-${number}`, "aria-labelledby": `heading-${number}` },
       element("header", {}, element("h2", { id: `heading-${number}` }, `Answer ${LETTERS[number]}`)),
-      textBlock(text, `Text of answer ${LETTERS[number]}`), ...aboutAnswer(answer, number, settings, changed)));
+      textBlock(text, `Text of answer ${LETTERS[number]}`), work.notes?.[number] ? element("p", { class: "soft" }, work.notes[number]) : null, ...aboutAnswer(answer, number, settings, changed)));
   cards.forEach((card, number) => card.addEventListener("focusin", () => { current = number; mark(); }));
   at("answers").replaceChildren(...cards);
 }
 
 function showForm() {
-  if (work.item === null) at("form").replaceChildren();
+  if (asking()) at("form").replaceChildren(live.questionBox(work.chat, submit));
+  else if (work.item === null) at("form").replaceChildren();
   else {
     const parts = comparing() ? comparison(answer, settings, changed) : count() ? [lanes(answer, changed)] : [];
     if (!count() || settings.better_answer) parts.push(writing(answer, !count(), settings, changed));
@@ -170,14 +170,16 @@ function mark() {
 }
 
 function enable() {
-  for (const input of document.querySelectorAll("#answers input, #form input, #form textarea, .chip")) input.disabled = locked();
+  for (const input of document.querySelectorAll("#answers input, #form input, #form textarea:not(#question), .chip")) input.disabled = locked();
   const strength = at("strength");
   if (strength) for (const input of strength.querySelectorAll("input")) input.disabled = locked() || !["a", "b"].includes(choiceOf(answer));
-  at("submit").disabled = at("skip").disabled = locked();
+  at("skip").disabled = locked();
+  at("submit").disabled = asking() ? busy > 0 : locked();
+  if (live) at("new").disabled = busy > 0 || !["ask", "full"].includes(work.chat?.state) || work.chat.number === 1;
   at("back").disabled = busy > 0 || place + 1 >= history.length;
   at("forward").disabled = busy > 0 || place < 0;
-  at("undo").disabled = busy > 0 || !history.length || Boolean((place >= 0 ? history[place] : history[0]).exported);
-  at("submit").firstChild.textContent = place >= 0 ? "Save change " : "Save ";
+  at("undo").disabled = busy > 0 || !history.length || fixed(place >= 0 ? history[place] : history[0]);
+  at("submit").firstChild.textContent = asking() ? "Send " : place >= 0 ? "Save change " : "Save ";
 }
 
 function changed(typing = false) {
@@ -263,7 +265,8 @@ function qualityKey(event) {
 const COMMANDS = {
   s: openSkip, u: undo, "[": () => turn(1), "]": () => turn(-1), "?": () => at("keys").showModal(),
   g: () => at("guidelines").innerText.trim() && at("show-guidelines") && at("guidelines").showModal(),
-  w: () => at("response")?.focus(),
+  w: () => (at("response") ?? at("question"))?.focus(),
+  n: () => at("new")?.click(),
   f: () => at(`flags-${current}`)?.querySelector("input").focus(),
   q: () => { if (comparing()) moveCurrent(1); at(`quality-${current}`)?.querySelector("input").focus(); },
 };
@@ -287,7 +290,7 @@ function keyList() {
     ["A B, ← →", "two answers: which one is better"], ["T, X", "tie, both bad"], ["1 – 4", "how much better"],
     ["A – F, ↑ ↓", "several answers: which one the next keys are about"], ["1 – 9", "its rank; equal ranks are ties"], ["0", "not ranked: not compared"],
     ["Shift + 1 – 7", "overall quality"], ["Q, F, W", "go to quality, marks, written answer"], ["Enter, Ctrl + Enter", "save"],
-    ["S, U", "skip, undo"], ["[ ]", "back, forward through your labels"], ["G", "guidelines"],
+    ...(live ? [["W, N", "go to the question, new conversation"]] : []), ["S, U", "skip, undo"], ["[ ]", "back, forward through your labels"], ["G", "guidelines"],
   ];
   return pairs.flatMap(([keys, text]) => [element("dt", {}, element("kbd", {}, keys)), element("dd", {}, text)]);
 }
@@ -297,7 +300,7 @@ at("keys-on").checked = localStorage.getItem("keys") !== "off";
 at("keys-on").addEventListener("change", () => localStorage.setItem("keys", at("keys-on").checked ? "on" : "off"));
 at("show-keys").addEventListener("click", () => at("keys").showModal());
 at("show-guidelines")?.addEventListener("click", () => at("guidelines").showModal());
-for (const [id, action] of [["submit", submit], ["skip", openSkip], ["undo", undo], ["back", () => turn(1)], ["forward", () => turn(-1)]]) at(id).addEventListener("click", action);
+for (const [id, action] of [["submit", submit], ["skip", openSkip], ["undo", undo], ["new", () => live.renew(work.chat)], ["back", () => turn(1)], ["forward", () => turn(-1)]]) at(id)?.addEventListener("click", action);
 at("form").addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("visibilitychange", () => { watch.visible(!document.hidden); if (document.hidden) drafts.flushNow(); });
 addEventListener("pagehide", () => drafts.flushNow());

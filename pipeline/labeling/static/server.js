@@ -1,5 +1,6 @@
 // Requests to the server. A submission is sent again under the same name until the server has answered.
 
+export const RETRY_MS = 3000;
 export class Refused extends Error {}
 
 export async function request(path, body) {
@@ -9,6 +10,19 @@ export async function request(path, body) {
   if (response.status >= 500) throw new Error(answer.error);
   if (!response.ok) throw new Refused(answer.error || `The server answered ${response.status}.`);
   return answer;
+}
+
+// The same request again and again, until the server has said yes or no; `complain` is told why each try failed.
+export async function insist(path, body, complain) {
+  for (;;) {
+    try {
+      return await request(path, body);
+    } catch (error) {
+      if (error instanceof Refused) throw error;
+      complain(error.message || "No connection.");
+      await new Promise((done) => setTimeout(done, RETRY_MS));
+    }
+  }
 }
 
 export function newName() {

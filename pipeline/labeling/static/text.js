@@ -33,3 +33,9 @@ export function textBlock(text, label) {
   fill(block, text);
   return block;
 }
+
+// A message of a conversation; `note` is what the page says of it.
+export function turnOf(message, named) {
+  const role = named ? element("div", { class: "role" }, message.role, message.note ? `: ${message.note}` : null) : null;
+  return element("div", { class: `turn ${message.role === "assistant" ? "assistant" : ""}` }, role, textBlock(message.content, `${message.role} message`));
+}

@@ -1,0 +1,1 @@
+"""`rlhf chat`: a model that answers in the terminal or on a page."""

@@ -1,0 +1,285 @@
+"""Samples responses on a vLLM server that holds a copy of the policy's weights, or of the reference's (docs/engines.md).
+
+The weights go through a folder that trainer and server share: each version is written under a name of its own, loaded, and compared
+on a probe prompt. A server that restarts in between has the weights that it started with; the probe shows it, and they are sent again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.models.networks import Networks, response_batch
+from pipeline.models.sharding import local
+from pipeline.rollout.alarms import DRIFT
+from pipeline.rollout.engine import SampledResponse, SamplingSettings
+from pipeline.rollout.vllm_server import PAGE, START, ServedModel, ServerFailure, VLLMServer
+from pipeline.training.identity import PROBES
+from pipeline.training.processes import Processes
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("pipeline.ppo")
+PROBE_TOKENS, PROBE_SEED = 16, 0
+SAME = 1e-3  # nats per token between two answers of one server with the same weights
+KEPT = 2  # versions of the weights: the newest, and the one that a slow reader may still have open
+MOST_CONNECTIONS = 256
+PAUSE = 2.0  # seconds between two questions whether the server is back
+VERSION = re.compile(r"weights-(\d{6})")
+
+
+def check_server(server: VLLMServer, tokenizer: Any, tokens: int) -> ServedModel:
+    """Look at a server before any model is loaded.
+
+    Args:
+        tokens: of a prompt and its response at most.
+
+    Raises:
+        UserError: none answers, it is no vLLM, takes no weights, or serves a model of other tokens or a shorter context.
+    """
+    try:
+        model = server.model()
+        server.check_development_mode()
+        others = [text for text in filter(None, PROBES) if server.tokenize(text) != _ids(tokenizer, text)]
+    except ServerFailure as failure:
+        raise UserError(f"engine_url {server.url}: no answer ({failure}); start the server by {START}") from None
+    if model.context < tokens:
+        raise UserError(
+            f"engine_url {server.url}: its context of {model.context} tokens is less than max_prompt_tokens + "
+            f"max_response_tokens ({tokens}); start it with --max-model-len {tokens} or lower them"
+        )
+    if others:
+        raise UserError(
+            f"engine_url {server.url}: model {model.name!r} has another tokenizer than the parent (tried on {others[0]!r}); "
+            "serve the parent's folder"
+        )
+    logger.info("ppo: vLLM %s at %s samples, model %r", model.version, server.url, model.name)
+    return model
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass
+class VLLMEngine:
+    """Gives a server the weights of policy or reference, and asks it for responses.
+
+    All processes call `sample` together: gathering sharded weights is an exchange. Each asks for its own prompts.
+
+    Attributes:
+        folder: of the weights' versions, seen by the server under the same path.
+        probe: prompt on which trainer and server are compared.
+        precision: "fp32" or "bf16", of the trainer's passes.
+        wait: seconds that a server which fails may stay away.
+        reference: the reference is on the device inside `with` only (see `models.offload`).
+    """
+
+    server: VLLMServer
+    settings: SamplingSettings
+    networks: Networks
+    processes: Processes
+    device: torch.device
+    folder: Path
+    probe: list[int]
+    precision: str
+    wait: float
+    reference: AbstractContextManager[None]
+    _sent: list[float] | None = None  # sums of the weights that the server has; None: unknown
+    _probe_ids: list[int] = field(default_factory=list)  # the probe and its response
+    _probe_logprobs: list[float] = field(default_factory=list)  # of these, as the server computed them after loading
+
+    @property
+    def takes_reference(self) -> bool:
+        """Whether a server of the policy's architecture can load the reference: it is the policy's base, or of its shapes."""
+        frozen = [p.shape for network in self.networks.frozen() for p in network.parameters()]
+        return not frozen or frozen == [p.shape for p in self.networks.policy.parameters()]
+
+    def sample(
+        self, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor | None, network: str = "policy"
+    ) -> list[SampledResponse]:
+        """A response to each prompt, as `engine.LocalEngine.sample` but for its random numbers.
+
+        Args:
+            network: "policy" or "reference".
+
+        Raises:
+            UserError: in every process: the server has other weights, gives useless answers, or stays away too long.
+        """
+        until: float | None = None
+        while True:
+            responses: list[SampledResponse] = []
+            failure = self._send_changed_weights(network)
+            if failure is None:
+                responses, failure = self._responses(prompt_ids, uniforms)
+            if failure is None:
+                return responses
+            self._sent = None  # it may have restarted
+            until = time.monotonic() + self.wait if until is None else until
+            self.processes.from_main(partial(self._wait_for_server, failure, until))
+
+    def remove_weights(self) -> None:
+        """Delete what was written for the server."""
+        if self.processes.is_main:
+            for version in self._versions():
+                shutil.rmtree(version)
+
+    # -------------------------------------------------------------------------------------------- weights
+
+    def _send_changed_weights(self, network: str) -> str | None:
+        """Send a network's weights unless the server has them; returns why it could not take them."""
+        with self.reference if network == "reference" else nullcontext():
+            sums = _sums(self._parameters(network))
+        if not self.processes.any(sums != self._sent):
+            return None
+        with self.reference:  # comparing measures it too
+            newest = self.processes.from_main(self._next_version)
+            writing = newest.with_suffix(".part")
+            save = self.networks.save_policy if network == "policy" else self.networks.save_reference
+            save(writing)
+            failure, response = self.processes.from_main(lambda: self._load(writing, newest))
+            if response is None:
+                return failure
+            self._compare(response, network)
+        self._sent = sums
+        return None
+
+    def _parameters(self, network: str) -> list[torch.nn.Parameter]:
+        """Those by which the weights of a network are told from others that were sent; of the base of adapters, none."""
+        if network == "policy":
+            return list(self.networks.trained["policy"])
+        return [parameter for frozen in self.networks.frozen() for parameter in frozen.parameters()]
+
+    def _next_version(self) -> Path:
+        """The path of the next version; what an interrupted writer left is removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob("weights-*.part"):
+            shutil.rmtree(part)
+        versions = self._versions()
+        number = int(versions[-1].name.removeprefix("weights-")) + 1 if versions else 1
+        return self.folder / f"weights-{number:06d}"
+
+    def _versions(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("weights-*") if VERSION.fullmatch(path.name))
+
+    def _load(self, writing: Path, newest: Path) -> tuple[str | None, SampledResponse | None]:
+        """Publish a version, have it loaded, and ask the probe; returns why that failed, or the probe's response."""
+        writing.rename(newest)  # whole or not there
+        for old in self._versions()[:-KEPT]:
+            shutil.rmtree(old)
+        settings = replace(self.settings, max_new_tokens=min(PROBE_TOKENS, self.settings.max_new_tokens))
+        try:
+            self.server.load_weights(newest)
+            response = self.server.sample(self.probe, PROBE_SEED, settings)
+            self._probe_ids = [*self.probe, *response.ids[:-1]]
+            self._probe_logprobs = self.server.logprobs(self._probe_ids)
+        except ServerFailure as failure:
+            return str(failure), None
+        return None, response
+
+    def _compare(self, response: SampledResponse, network: str) -> None:
+        """
+        Raises:
+            UserError: trainer and server give the probe's response other log-probabilities.
+        """
+        batch = response_batch(
+            [self.probe],
+            [response.ids],
+            pad_id=self.settings.pad_id,
+            packed=self.networks.packed,
+            score_after_response=False,
+            device=self.device,
+        )
+        measured = self.networks.compute_logprobs_and_values(batch, with_values=False)
+        logprobs = measured.logprobs if network == "policy" else measured.ref_logprobs
+        drift = (logprobs.cpu() - torch.tensor(response.logprobs)).abs().mean().item()
+        limit = DRIFT[self.precision]
+        if not drift <= limit:
+            raise UserError(
+                f"engine_url {self.server.url}: after loading the {network}'s weights its log-probabilities differ from the "
+                f"trainer's by {drift:.2g} nats per token (at most {limit:g}): another model, another --dtype than the trainer's "
+                f"{self.precision}, or no --logprobs-mode processed_logprobs; start it by {START}"
+            )
+
+    # -------------------------------------------------------------------------------------------- responses
+
+    def _responses(
+        self, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor | None
+    ) -> tuple[list[SampledResponse], str | None]:
+        """This process's responses, and why any process got none or got them of other weights."""
+        responses: list[SampledResponse] = []
+
+        def ask() -> list[str]:
+            try:
+                responses.extend(self._ask_all(prompt_ids, uniforms))
+            except ServerFailure as failure:
+                return [str(failure)]
+            return []
+
+        failures = self.processes.gather(ask)
+        failure = failures[0] if failures else self.processes.from_main(self._lost)
+        return responses, failure
+
+    def _ask_all(self, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor | None) -> list[SampledResponse]:
+        with ThreadPoolExecutor(self.server.connections) as pool:
+            seeds = [None] * len(prompt_ids) if uniforms is None else [request_seed(row) for row in uniforms]
+            asked = [
+                pool.submit(self.server.sample, ids, seed, self.settings)
+                for ids, seed in zip(prompt_ids, seeds, strict=True)
+            ]
+            try:
+                return [response.result() for response in asked]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _lost(self) -> str | None:
+        """Why the server's weights are no longer those that were sent, if so."""
+        try:
+            logprobs = self.server.logprobs(self._probe_ids)
+        except ServerFailure as failure:
+            return str(failure)
+        apart = (torch.tensor(logprobs) - torch.tensor(self._probe_logprobs)).abs()
+        if apart.numel() and not apart.mean().item() <= SAME:
+            return "it answers with other weights than it was sent, so it restarted"
+        return None
+
+    def _wait_for_server(self, failure: str, until: float) -> None:
+        """
+        Raises:
+            UserError: the server is not back in time.
+        """
+        logger.warning("ppo: the server at %s failed: %s; its weights are sent again", self.server.url, failure)
+        while True:
+            time.sleep(min(PAUSE, self.wait / 10))
+            if time.monotonic() > until:
+                raise UserError(
+                    f"engine_url {self.server.url}: {failure}; not back after {self.wait:g} s (engine_wait). Start the server, then "
+                    f"the same command again: it resumes from the last checkpoint ({PAGE})"
+                )
+            if self.server.answers():
+                return
+
+
+def request_seed(uniforms: Tensor) -> int:
+    """The seed of a request from its row's uniform numbers, which depend on the rollout's seed and the row alone."""
+    return int(uniforms[0].item() * 2**53)
+
+
+def _sums(parameters: Sequence[torch.nn.Parameter]) -> list[float]:
+    """A sum per parameter, or of this process's part of it: an update changes at least one."""
+    if not parameters:
+        return []
+    with torch.no_grad():
+        return torch.stack([local(parameter).sum(dtype=torch.float64) for parameter in parameters]).tolist()  # type: ignore[no-any-return]
