@@ -223,4 +223,6 @@ def test_two_rounds_from_prompts_to_report(chain: Path, tmp_path: Path) -> None:
     second = lineage(run / "round-2" / "ppo")
     assert {parent.get("as") for parent in second["parents"]} == {None, "reference"}
     assert second["parents"][0]["weights_sha256"] == lineage(run / "round-1" / "ppo")["weights_sha256"]
-    assert found["rounds"][1]["kl"] == pytest.approx(second["metrics"]["kl"], rel=0.5)
+    reported = found["rounds"][1]
+    four_errors = 4 * 2**0.5 * reported["kl_standard_error"]  # of two means, each over 16 sampled answers
+    assert reported["kl"] == pytest.approx(second["metrics"]["kl"], abs=four_errors)
