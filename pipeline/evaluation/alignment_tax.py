@@ -16,8 +16,10 @@ from pipeline.errors import UserError
 from pipeline.evaluation.answers import load_finite_model
 from pipeline.evaluation.language import perplexity
 from pipeline.evaluation.run_folder import RunFolder, dataset_entries
+from pipeline.models.loading import load_causal_lm
 from pipeline.models.token_nll import token_nll
 from pipeline.models.tokenizers import load_tokenizer
+from pipeline.models.trials import isolates_packed_documents
 from pipeline.training.identity import tokenizer_hashes
 
 import torch
@@ -36,10 +38,11 @@ def alignment_tax(run: RunFolder, outside: dict[str, Path], data_root: str | Non
     if "pretrain" not in run.lineages:
         return None
     tokenizer = load_tokenizer(str(run.path / "pretrain"))
-    blocks = _held_out_blocks(run, tokenizer, data_root)
-    if not blocks:
+    texts = _held_out_texts(run, data_root)
+    if not texts:
         return None
-    collate = BlockCollator(tokenizer.pad_token_id)
+    blocks, isolated = _pack_as_pretraining(run, tokenizer, texts)
+    collate = BlockCollator(tokenizer.pad_token_id, position_ids=isolated)
     perplexities: dict[str, float] = {}
     tokens = 0
     for name, place in {**{s: run.path / s for s in ANSWERING if s in run.lineages}, **outside}.items():
@@ -51,6 +54,11 @@ def alignment_tax(run: RunFolder, outside: dict[str, Path], data_root: str | Non
         except UserError as error:
             run.note(f"{name}: its perplexity was not measured: {error}")
             continue
+        if isolated and not isolates_packed_documents(model):
+            run.note(
+                f"{name}: its perplexity was not measured: documents that share a block see each other in this model"
+            )
+            continue
         batches = (collate(blocks[i : i + BATCH]) for i in range(0, len(blocks), BATCH))
         nll, tokens, _ = token_nll(model, batches, next(model.parameters()).device)
         if math.isfinite(nll):
@@ -60,8 +68,8 @@ def alignment_tax(run: RunFolder, outside: dict[str, Path], data_root: str | Non
     return {"perplexity": perplexities, "tokens": tokens} if perplexities else None
 
 
-def _held_out_blocks(run: RunFolder, tokenizer: Any, data_root: str | None) -> list[Block]:
-    """The text that pretraining held out, packed as it was; none, with a note, where the data is not here."""
+def _held_out_texts(run: RunFolder, data_root: str | None) -> list[str]:
+    """The text that pretraining held out; none, with a note, where the data is not here."""
     recipe = run.recipe("pretrain")
     try:
         entries = dataset_entries(recipe, "datasets")
@@ -72,5 +80,11 @@ def _held_out_blocks(run: RunFolder, tokenizer: Any, data_root: str | None) -> l
     except UserError as error:
         run.note(f"alignment tax not measured: {error}")
         return []
-    texts = [text for source in sources for text in split_texts(source, recipe["held_out_fraction"])[1]]
-    return pack_documents(document_ids(tokenizer, texts), recipe["block_tokens"])[:BLOCKS] if texts else []
+    return [text for source in sources for text in split_texts(source, recipe["held_out_fraction"])[1]]
+
+
+def _pack_as_pretraining(run: RunFolder, tokenizer: Any, texts: list[str]) -> tuple[list[Block], bool]:
+    """Blocks of texts, and whether a block holds several documents, which the stages' architecture keeps apart."""
+    isolated = isolates_packed_documents(load_causal_lm(str(run.path / "pretrain")))
+    documents, block_tokens = document_ids(tokenizer, texts), run.recipe("pretrain")["block_tokens"]
+    return pack_documents(documents, block_tokens, isolated=isolated)[:BLOCKS], isolated

@@ -50,7 +50,7 @@ class DevicePlan:
 
 def device_plan(device_type: str, precision: str) -> DevicePlan:
     """The decisions for a device and a recipe's `precision` ("fp32", "bf16", or "auto": what the hardware has)."""
-    decided_for = os.environ.get(PRETEND, device_type)
+    decided_for = decides_as(device_type)
     bf16 = has_bf16(decided_for) if precision == "auto" else precision == "bf16"
     on_gpu = bf16 and decided_for != "cpu"
     return DevicePlan(
@@ -60,6 +60,11 @@ def device_plan(device_type: str, precision: str) -> DevicePlan:
         cast_frozen_to_bf16=on_gpu,
         sample_in_bf16=on_gpu,
     )
+
+
+def decides_as(device_type: str) -> str:
+    """The type of device whose decisions are taken on a device of this type: another one only in tests."""
+    return os.environ.get(PRETEND, device_type)
 
 
 def accelerator_type() -> str:

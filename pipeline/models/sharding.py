@@ -53,21 +53,21 @@ class ShardingOptions:
 
 
 def take_options_of_launch() -> ShardingOptions | None:
-    """FSDP2's options in the environment that `accelerate launch` made, or None without FSDP or with one process.
+    """FSDP2's options in the environment that `accelerate launch` made, or None without FSDP or without a launcher.
 
     The variables that would make accelerate and transformers shard too are taken out of the environment.
 
     Raises:
         UserError: FSDP1, groups that do not divide the processes, or another way to split a model.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = os.environ.get("WORLD_SIZE")
     if not _flag(USE_FSDP):
         return None
     del os.environ[USE_FSDP]
     os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", None)
     check_fsdp_version(os.environ.get("FSDP_VERSION", "1"))
-    replicas = _replicas(processes)
-    if processes == 1:
+    replicas = _replicas(int(processes or 1))
+    if processes is None:  # no launcher, so no process group either
         return None
     return ShardingOptions(
         reshard_after_forward=_flag("FSDP_RESHARD_AFTER_FORWARD", default=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +36,14 @@ class Setting:
     replicas: int = 1  # groups of devices that each hold the whole model between them
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether a layer is gathered each time that it computes; so it is with one device too."""
+        return self.sharding in SHARDS_WEIGHTS
+
+    @property
     def weight_shards(self) -> int:
         """Devices that share the weights."""
-        return self.gpus // self.replicas if self.sharding in SHARDS_WEIGHTS else 1
+        return self.gpus // self.replicas if self.shards_weights else 1
 
     @property
     def state_shards(self) -> int:
@@ -57,7 +63,7 @@ class Setting:
     @property
     def precision(self) -> str:
         """How a step computes (see `activations.Step`)."""
-        return "fp32" if not self.device.bf16 else "bf16" if self.weight_shards > 1 else "autocast"
+        return "fp32" if not self.device.bf16 else "bf16" if self.shards_weights else "autocast"
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def trainer_memory(name: str, recipe: Any, model: Model, data: Data, setting: Se
         checkpointing=recipe.gradient_checkpointing,
     )
     activations = step_memory(model.config, step)
-    if setting.weight_shards > 1:
+    if setting.shards_weights:
         parts["gathered layers"] = gathered_layers(model, setting, activations)
     fixed = sum(parts.values())
     parts["activations"] = activations
@@ -147,10 +153,11 @@ def ppo_memory(recipe: Any, models: PPOModels, data: Data, setting: Setting) -> 
     needed_in = {part: phase for part, phase in OFFLOADED[recipe.offload].items() if part in parts}
     fixed = sum(size for part, size in parts.items() if part not in needed_in)
     length = _longest_sequence(recipe, data)
-    rows = max(1, recipe.micro_batch_tokens // length)
+    own = math.ceil(recipe.prompts_per_rollout / recipe.minibatches / setting.gpus)  # of a minibatch, this device's
+    rows = min(max(1, recipe.micro_batch_tokens // length), own)
     activations = _update_activations(recipe, models, setting, rows, length)
     phases: dict[str, dict[str, float]] = {"update": {"activations": activations}}
-    if setting.weight_shards > 1:
+    if setting.shards_weights:
         trained = (models.policy, models.value)
         phases["update"]["gathered layers"] = max(gathered_layers(model, setting, activations) for model in trained)
     phases |= _phases_without_gradients(recipe, models, setting, length)
@@ -175,7 +182,7 @@ def _phases_without_gradients(
     if recipe.engine == "local":
         generated = min(recipe.generation_rows, max(1, recipe.prompts_per_rollout // setting.gpus))
         phases["sampling"] = {"KV cache": _cache(models, setting, generated, length)}
-    if setting.weight_shards == 1:
+    if not setting.shards_weights:
         return phases
     if recipe.engine == "local":
         phases["sampling"][f"{WHOLE} policy, to sample"] = setting.gathered_bytes * models.policy.size.total
@@ -222,7 +229,7 @@ def _ppo_states(recipe: Any, models: PPOModels, setting: Setting) -> dict[str, f
     if recipe.ema_decay:
         parts["average of the policy"] = FP32 * (trained / 2 if recipe.roles == "adapters" else policy)
     parts |= {"gradients": FP32 * trained, "optimizer": ADAM_BYTES["adamw"] * trained}
-    if setting.weight_shards > 1:
+    if setting.shards_weights:
         return {part: size / setting.weight_shards for part, size in parts.items()}
     if setting.gpus > 1:  # flat copies of all gradients, exchanged in buckets (`Processes.sum_gradients`)
         parts["exchange buffers"] = FP32 * trained

@@ -11,6 +11,7 @@ from pipeline.algorithms.logprobs import sample_tokens, tempered_logits
 from pipeline.algorithms.seeds import row_seed
 from pipeline.data.collators import right_pad
 from pipeline.models.shrink import small_copy
+from pipeline.models.sizes import sampling_row_multiple
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class CachedDecoder:
     """Decodes one token at a time with the model's cache.
 
     Prompts are padded on the left, positions count from their first real token, and finished rows leave the batch if
-    `drop_finished`.
+    `drop_finished`, as soon as what remains fills fewer multiples of the rows that the device computes best.
     """
 
     drop_finished = True
@@ -129,6 +130,7 @@ class CachedDecoder:
         self.mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.rows = torch.arange(len(prompt_ids), device=device)  # of the batch, that still go on
+        self.multiple = sampling_row_multiple(device.type)
         self.cache: Any = None
 
     def logits(self) -> Tensor:
@@ -148,16 +150,18 @@ class CachedDecoder:
 
     def append(self, tokens: Tensor, remaining: Tensor) -> None:
         """Append a token to each going row; `remaining` indexes those that go on."""
-        if self.drop_finished:
-            if len(remaining) < len(tokens):
-                self.mask, self.positions, tokens = self.mask[remaining], self.positions[remaining], tokens[remaining]
-                self.cache.batch_select_indices(remaining)
-                self.rows = torch.arange(len(remaining), device=tokens.device)
-            self.input_ids = tokens[:, None]
-        else:
-            batch = self.input_ids.new_zeros(len(self.mask))
-            batch[self.rows] = tokens
-            self.rows, self.input_ids = self.rows[remaining], batch[:, None]
+        batch = self.input_ids.new_zeros(len(self.mask))
+        batch[self.rows] = tokens
+        self.rows = self.rows[remaining]
+        kept = -(-len(self.rows) // self.multiple) * self.multiple
+        if self.drop_finished and kept < len(batch):
+            finished = torch.ones_like(batch, dtype=torch.bool)
+            finished[self.rows] = False
+            chosen = torch.cat([self.rows, finished.nonzero()[: kept - len(self.rows), 0]])
+            self.mask, self.positions, batch = self.mask[chosen], self.positions[chosen], batch[chosen]
+            self.cache.batch_select_indices(chosen)
+            self.rows = torch.arange(len(self.rows), device=batch.device)
+        self.input_ids = batch[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         self.positions = self.positions[:, -1:] + 1
 

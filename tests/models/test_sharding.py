@@ -94,7 +94,10 @@ def test_options_are_those_of_the_launch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert take_options_of_launch() is None
     assert asked(monkeypatch, 2) == ShardingOptions()
     assert take_options_of_launch() is None, "taken out of the environment, where accelerate would shard too"
-    assert asked(monkeypatch, 1) is None
+    assert asked(monkeypatch, 1) == ShardingOptions(), "one GPU may try what many will run"
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert take_options_of_launch() is None, "no launcher"
     assert asked(
         monkeypatch, 4, FSDP_RESHARD_AFTER_FORWARD="false", FSDP_OFFLOAD_PARAMS="true", PARALLELISM_CONFIG_DP_REPLICATE_SIZE="2"
     ) == ShardingOptions(reshard_after_forward=False, offload=True, replicas=2)  # fmt: skip

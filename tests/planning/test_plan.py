@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,17 @@ def test_a_recipe_with_data_is_counted() -> None:
     assert found["ppo"]["flops_by_phase"]["update"] > found["ppo"]["flops_by_phase"]["generate"]
     for stage in found.values():
         assert stage["memory_total"] == pytest.approx(sum(stage["memory"].values()), abs=8)
+
+
+def test_a_micro_batch_of_ppo_is_no_larger_than_a_minibatch(tmp_path: Path) -> None:
+    """The demo's minibatch has 16 sequences of at most 128 tokens, which one micro-batch of any larger size holds."""
+    memory: list[dict[str, float]] = []
+    for tokens in (1024, 4096, 16384):
+        shutil.copytree(ROOT / "recipes" / "demo", tmp_path / str(tokens))
+        with (tmp_path / str(tokens) / "ppo.yaml").open("a", encoding="utf-8") as file:
+            file.write(f"micro_batch_tokens: {tokens}\n")
+        memory.append(plan(tmp_path / str(tokens), "--gpu", "l4")["stages"]["ppo"]["memory"])
+    assert memory[0]["activations"] < memory[1]["activations"] == memory[2]["activations"]
 
 
 @pytest.mark.full

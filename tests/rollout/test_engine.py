@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from pipeline.data.encoding import ChatEncoder
+from pipeline.models.precision import PRETEND
 from pipeline.models.tokenizers import forbidden_token_ids
 from pipeline.rollout.engine import (
     CachedDecoder,
@@ -57,6 +58,28 @@ def test_sampling_with_cache_and_padding_equals_slow_sampling(tiny_lm: Any, toke
     backwards = sample(tiny_lm, PROMPTS[::-1], uniforms.flip(0), settings)
     assert backwards[::-1] == sampled, "a row's sample does not depend on its place in the batch"
     assert not {i for ids in sampled for i in ids} & set(settings.forbidden_ids)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_leave_the_batch_by_the_devices_multiple(
+    device: str, tiny_lm: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU computes multiples of eight rows, so it keeps finished ones; what each row samples is the same."""
+    prompts = [[5 + i, 9, 10 + i % 3][: 1 + i % 3] for i in range(19)]
+    settings, uniforms = settings_of(tokenizer, list(range(300, 340)), 16), per_row_uniforms(5, range(19), 16)
+    sizes: list[int] = []
+    monkeypatch.setenv(PRETEND, device)
+    hook = tiny_lm.register_forward_pre_hook(lambda _, __, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True)
+    try:
+        sampled = sample(tiny_lm, prompts, uniforms, settings)
+    finally:
+        hook.remove()
+    assert sampled == [slow_sample(tiny_lm, p, uniforms[i], settings) for i, p in enumerate(prompts)]
+    lengths = sorted((len(ids) for ids in sampled), reverse=True)
+    going = [sum(length > step for length in lengths) for step in range(lengths[0])]
+    assert len(set(going)) > 5, "rows end at different steps"
+    multiple = {"cpu": 1, "cuda": 8}[device]
+    assert sizes == [min(19, -(-rows // multiple) * multiple) for rows in going]
 
 
 def test_finished_rows_leave_the_others_alone(tiny_lm: Any, tokenizer: Any) -> None:

@@ -1,0 +1,33 @@
+"""The report's perplexity of pretraining text: what pretraining itself measured, also where documents need a block each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from helpers.launches import ROOT, launch, tiny_flags
+from pipeline.evaluation.alignment_tax import alignment_tax
+from pipeline.evaluation.run_folder import read_run
+
+import pytest
+
+MODELS: dict[str, dict[str, Any]] = {
+    "LlamaConfig": {"hidden_size": 16, "intermediate_size": 32},
+    # It derives positions from the attention mask, so documents of one block see each other.
+    "OPTConfig": {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reports_perplexity_is_that_of_pretraining(name: str, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128, **MODELS[name]}
+    model = {"config_class": name, "model_config": json.dumps(sizes)}
+    flags = tiny_flags("pretrain", tmp_path, max_steps=60, learning_rate=1e-2, **model)
+    said = launch("pretrain", flags).stderr
+    assert ("see each other" in said) == (name == "OPTConfig")
+    found = alignment_tax(read_run(tmp_path), {}, str(ROOT))
+    measured = json.loads((tmp_path / "pretrain" / "metrics.json").read_text())
+    assert found is not None
+    assert found["tokens"] == measured["held_out_tokens"]
+    assert found["perplexity"]["pretrain"] == pytest.approx(measured["perplexity"], rel=1e-4)
