@@ -34,9 +34,10 @@ test: $(INSTALLED)
 test-full: $(INSTALLED)
 	$(BIN)/python -m pytest -m full -n $(WORKERS) --dist worksteal
 
-# The last line is JSON: memory and tokens per second of each run. Without a GPU all are skipped, and it says so.
+# The last line is JSON: memory and tokens per second of each run. Without a GPU all are skipped, and it says so. GPU_WORKERS=8
+# lets eight runs share the GPU, which disturbs their speed alone.
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu -rs tests/gpu
+	$(BIN)/python -m pytest -m gpu -rs $(GPU_WORKERS:%=-n %) --dist worksteal tests/gpu
 
 # vLLM's CPU build in a virtual environment of its own. Where it cannot be installed or has no CPU for it, the tests are skipped
 # and say so. VLLM_PYTHON names another environment.
