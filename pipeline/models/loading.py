@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import inspect
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,12 @@ def _load(auto: Any, path: str, quantization: str | None, *, new_head: bool = Fa
         model, report = auto.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (*CONFIG_ERRORS, SafetensorError, RuntimeError) as error:
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path!r} has weights in a pickle that holds more than tensors, and reading it could run code; "
+            "convert the weights to safetensors where you trust them"
+        ) from error
+    except (*CONFIG_ERRORS, SafetensorError, RuntimeError, EOFError) as error:
         raise UserError(f"no model can be loaded from {path!r}: {one_line(error)}") from error
     _check_weights(model, path, report, new_head)
     keep_router_logits_off(model)

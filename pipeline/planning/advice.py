@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.trainer import LoraOptions
+from pipeline.errors import UserError
 from pipeline.planning.memory import GIB, USABLE, Memory, Setting
 
 MeasureMemory = Callable[[Any, Setting], Memory]
@@ -29,11 +30,27 @@ BATCHES = dict.fromkeys(("pretrain", "sft", "reward"), "examples_per_step") | {"
 
 @dataclass(frozen=True)
 class Switch:
-    """One thing to try: its words, the recipe's keys that it changes, and the sharding that it needs."""
+    """One thing to try: its words, the recipe's keys that it changes, and the sharding that it needs.
+
+    halved: a number of the recipe that is halved until the stage fits, down to `least`; the words then name what it became.
+    """
 
     words: str
     changes: dict[str, Any]
     sharding: str | None = None
+    halved: str | None = None
+    least: int = 1
+
+    def choices(self, recipe: Any) -> list[dict[str, Any]]:
+        """The changes to try, in this order; none where the recipe has them already."""
+        if self.halved is None:
+            unchanged = all(getattr(recipe, key) == value for key, value in self.changes.items())
+            return [] if unchanged and self.sharding is None else [self.changes]
+        value, found = int(getattr(recipe, self.halved)), []
+        while value > self.least:
+            value = max(self.least, value // 2)
+            found.append({self.halved: value})
+        return found
 
 
 def refused_number(name: str, recipe: Any, gpus: int) -> str | None:
@@ -70,17 +87,23 @@ def attempts(name: str, recipe: Any, setting: Setting, measure: MeasureMemory) -
     """Switches of the stage, one added to the other until it fits."""
     changes: dict[str, Any] = {}
     for switch in _switches(name, recipe, setting):
-        changed = dataclasses.replace(recipe, **changes)
-        unchanged = all(getattr(changed, key) == value for key, value in switch.changes.items())
-        if unchanged and switch.sharding is None:
-            continue
-        changes = changes | switch.changes
-        setting = dataclasses.replace(setting, sharding=switch.sharding) if switch.sharding else setting
-        total = measure(dataclasses.replace(recipe, **changes), setting).total
-        attempt = Attempt(switch.words, changes, setting, total)
-        yield attempt
-        if attempt.fits:
-            return
+        where = dataclasses.replace(setting, sharding=switch.sharding) if switch.sharding else setting
+        attempt = None
+        for choice in switch.choices(dataclasses.replace(recipe, **changes)):
+            changed = changes | choice
+            try:
+                total = measure(dataclasses.replace(recipe, **changed), where).total
+            except UserError:  # this model does not do it: its layers cannot be recomputed, say
+                break
+            words = f"{switch.halved}: {choice[switch.halved]}" if switch.halved else switch.words
+            attempt = Attempt(words, changed, where, total)
+            if attempt.fits:
+                break
+        if attempt is not None:
+            changes, setting = attempt.changes, where
+            yield attempt
+            if attempt.fits:
+                return
 
 
 def advice(name: str, recipe: Any, setting: Setting, tried: Sequence[Attempt], measure: MeasureMemory) -> list[str]:
@@ -130,14 +153,14 @@ def _switches(name: str, recipe: Any, setting: Setting) -> list[Switch]:
     recomputed = Switch("gradient_checkpointing: true", {"gradient_checkpointing": True})
     if name == "ppo":
         adapters = {"roles": "adapters", "lora": LoraOptions(), "value_init": "policy"}
-        small = Switch("micro_batch_tokens: 1024", {"micro_batch_tokens": 1024})
-        one_row = Switch("generation_rows: 1", {"generation_rows": 1})
+        small = Switch("", {}, halved="micro_batch_tokens", least=1024)
+        few_rows = Switch("", {}, halved="generation_rows")
         offload = [Switch(f"offload: {parts}", {"offload": parts}) for parts in ("frozen", "all")]
         server = Switch("engine: vllm, on GPUs of its own", {"engine": "vllm", "engine_url": "http://localhost:8000"})
         servers = [server] if can_shard or setting.weight_shards > 1 else []  # else the policy is whole here anyway
         return [
             small,
-            one_row,
+            few_rows,
             recomputed,
             *offload,
             *shard,

@@ -253,6 +253,10 @@ def prepare_pretraining(inputs: PPOInputs, collector: Collector) -> PretrainingT
         return None
     args, tokenizer = collector.args, inputs.encoder.tokenizer
     isolated = collector.networks.isolates_documents
+    if not isolated:
+        logger.warning(
+            "ppo: ptx_datasets: documents that share a block would see each other in this model; one per block"
+        )
     parts = []
     for source in inputs.ptx_sources:
         documents = encode_documents(source.records, tokenizer)

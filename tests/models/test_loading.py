@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from helpers.chat_templates import spaced_tokenizer
+from helpers.worlds import make_policy
 from pipeline.data.encoding import document_ids
 from pipeline.errors import UserError
 from pipeline.models.loading import disable_noise, load_causal_lm, load_classifier, new_causal_lm, read_config
 from pipeline.models.reward_model import load_scalar_model, score_ids
-from pipeline.models.tokenizers import add_missing_rows, assign_pad, require_rows
+from pipeline.models.tokenizers import add_missing_rows, assign_pad, load_tokenizer, require_rows
 
 import pytest
 import torch
@@ -286,3 +288,34 @@ def test_nothing_is_random_in_training_mode(config: Any) -> None:
     assert not torch.equal(model(ids).logits, model(ids).logits)
     disable_noise(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+class _Payload:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.target, "executed")
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_scalar_model, load_tokenizer])
+def test_no_code_of_a_folder_is_run(load: Any, tmp_path: Path) -> None:
+    """Neither a pickle in place of the weights, nor a module that a config names."""
+    folder, executed = make_policy(tmp_path / "theirs", "abcd"), tmp_path / "executed"
+    (folder / "theirs.py").write_text(f"from pathlib import Path\nPath({str(executed)!r}).write_text('code')\n")
+    auto = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M", "AutoTokenizer": ["theirs.T", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        change_config(folder, name, auto_map=auto)
+    with contextlib.suppress(UserError):
+        load(str(folder))
+    assert not executed.exists()
+    if load is not load_tokenizer:
+        (folder / "model.safetensors").unlink()
+        torch.save({"model.norm.weight": _Payload(executed)}, folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match="holds more than tensors, .* convert the weights to safetensors"):
+            load(str(folder))
+        assert not executed.exists()
+        torch.load(folder / "pytorch_model.bin", weights_only=False)
+        assert executed.exists(), "the file would have done it"

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config.ppo import PPOArguments
 from pipeline.config.rewards import RewardSource
 from pipeline.data.entries import DatasetEntry
+from pipeline.errors import UserError
 from pipeline.planning.advice import advice, attempts
 from pipeline.planning.communication import ppo_exchange, trainer_exchange
 from pipeline.planning.devices import Device
@@ -118,6 +119,27 @@ def test_advice_ends_in_the_fewest_devices_that_fit() -> None:
     assert advised(300, prompts_per_rollout=60, minibatches=12)[-1].endswith("over 4 GPUs: 75.0 GiB, fits"), (
         "5 do not divide"
     )
+
+
+def test_advice_halves_a_number_until_it_fits_and_leaves_out_what_the_model_refuses() -> None:
+    def measure(changed: Any, _: Setting) -> Memory:
+        if changed.gradient_checkpointing:
+            raise UserError("the layers of this model cannot be recomputed")
+        rows = changed.generation_rows * (1 if changed.offload == "none" else 0.5)
+        return Memory({"KV cache": rows * GIB}, 0)
+
+    here = setting(1, "none")
+    changes = {"micro_batch_tokens": 512}
+    tried = list(attempts("ppo", recipe(generation_rows=512, **changes), here, measure))
+    assert [(attempt.words, attempt.fits) for attempt in tried] == [("generation_rows: 64", True)]
+    tried = list(attempts("ppo", recipe(generation_rows=1, **changes), here, measure))
+    assert [attempt.words for attempt in tried] == ["offload: frozen"]
+
+    def much(changed: Any, where: Setting) -> Memory:
+        return Memory({"KV cache": 200 * measure(changed, where).parts["KV cache"]}, 0)
+
+    words = [attempt.words for attempt in attempts("ppo", recipe(generation_rows=8, **changes), here, much)]
+    assert words[:3] == ["generation_rows: 1", "offload: frozen", "offload: all"]
 
 
 def test_advice_says_what_no_number_of_devices_changes() -> None:

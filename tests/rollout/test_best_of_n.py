@@ -59,6 +59,26 @@ def test_best_of_n_has_its_exact_distribution(policy: Path, n: int) -> None:
     assert sum(found.scores) / number == pytest.approx(sum(p * SCORES[said[i]] for i, p in expected.items()), abs=0.03)
 
 
+@pytest.mark.parametrize("finished_first", [True, False])
+def test_a_finished_sample_is_taken_where_there_is_one(policy: Path, finished_first: bool) -> None:
+    """The reward prefers long, unfinished responses; as demonstrations only finished ones are of use."""
+    encoder = ChatEncoder(load_tokenizer(str(policy)))
+    settings = SamplingSettings(3, [encoder.eos_id], [0, 2, 3, 4, 5], encoder.tokenizer.pad_token_id, rows=1000)
+    scorer = Scorer([RewardPart("length", 1.0, lambda answers: torch.tensor([float(len(t)) for t in answers.texts]))])
+    records = [{"prompt": [{"role": "user", "content": "a"}], "row": {}}] * 64
+    model = load_causal_lm(str(policy)).eval()
+    options = {"n": 4, "seed": 3, "finished_first": finished_first}
+    found = best_of_n(LocalEngine(settings), model, encoder, scorer, records, **options)
+    drawn = [[found.draws[draw][i] for draw in range(4)] for i in range(64)]
+    possible = [any(ids[-1] == encoder.eos_id for ids in draws) for draws in drawn]
+    taken = [ids[-1] == encoder.eos_id for ids in found.response_ids]
+    assert 0 < sum(possible) < 64, "some prompts have no finished sample"
+    if finished_first:
+        assert taken == possible
+    else:
+        assert sum(taken) < sum(possible)
+
+
 def test_rejection_sampling_writes_demonstrations(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from helpers.launches import lineage
+from helpers.ppo_training import with_training
 from helpers.tiny_models import make_lm
 from pipeline.config.stages import STAGES
-from pipeline.data.encoding import ROLE_TEMPLATE
+from pipeline.data.encoding import IGNORE, ROLE_TEMPLATE
+from pipeline.training import history
 from pipeline.training.stage import launch
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import OPTConfig, OPTForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +149,48 @@ def test_a_turn_that_is_not_to_be_learnt_has_no_label(parent: Path, tmp_path: Pa
     ((ids, labels),), _, _ = encode(ChatEncoder(tokenizer), source, np.array([False]), args)
     assert tokenizer.decode([label for label in labels if label != IGNORE]).startswith("On its way.")
     assert "Go away." in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_packed_documents_that_would_see_each_other_are_kept_apart(stage: str, tokenizer: Any, tmp_path: Path) -> None:
+    """OPT takes its positions from the attention mask. Its packed SFT is its unpacked one, and text for PPO-ptx has a row each."""
+    folder = tmp_path / "parent"
+    sizes = {
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "word_embed_proj_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    torch.manual_seed(0)
+    OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes, **ids)).save_pretrained(
+        folder
+    )
+    with_template = copy.deepcopy(tokenizer)
+    with_template.chat_template = ROLE_TEMPLATE
+    with_template.save_pretrained(folder)
+    if stage == "sft":
+        data = [{"path": write(tmp_path / "rows.jsonl", demonstrations(40))}]
+        losses = []
+        for packing in (True, False):
+            (tmp_path / str(packing)).mkdir()
+            common = {"parent": str(folder), "packing": packing, "max_tokens": 64, "logging_steps": 1}
+            _, log = run("sft", tmp_path / str(packing), data, **common)
+            assert ("see each other" in log) == packing
+            losses.append([row["loss"] for row in history.read(tmp_path / str(packing) / "out") if "loss" in row])
+        assert losses[0] == losses[1]
+        return
+    write(tmp_path / "prompts.jsonl", [{"prompt": f"Kettle {n}?"} for n in range(8)])
+    texts = write(tmp_path / "text.jsonl", [{"text": f"Sorry for kettle {n}. " * (1 + n % 3)} for n in range(40)])
+    ptx = {"ptx_coef": 1.0, "ptx_datasets": [{"path": texts}], "ptx_block_tokens": 64, "max_prompt_tokens": 32}
+    pretraining = with_training(
+        tmp_path / "run", folder, "return 0.0", lambda training, _: training.learner.pretraining, **ptx
+    )
+    assert pretraining is not None
+    assert not pretraining.isolated
+    assert [int((np.asarray(block["labels"]) == IGNORE).sum()) for block in pretraining.blocks] == [1] * 40
+    assert "see each other" in (tmp_path / "run" / "out" / "log.txt").read_text()
 
 
 def test_prompts_are_drawn_by_weight_and_held_out_ones_never(parent: Path, tmp_path: Path) -> None:
