@@ -151,9 +151,8 @@ class Sharding:
         begin = "begin"  # FSDP2 takes the first module that computes for the outermost one, and a block may come first
         setattr(network, begin, _nothing)
         register_fsdp_forward_method(network, begin)
-        getattr(network, begin)(
-            None
-        )  # torch before 2.13 takes the first argument of every call on a GPU, and needs one
+        # On a GPU, torch before 2.13 takes the first argument of every call, so there must be one.
+        getattr(network, begin)(None)
         for part in _parts(network):
             setattr(part, RESHARDS, self.options.reshard_after_forward)
             if sum_gradients:

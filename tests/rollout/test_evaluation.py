@@ -84,7 +84,8 @@ def test_a_run_that_has_ended_does_not_train_on_after_a_kill(policy: Path, tmp_p
     )
     changes: dict[str, Any] = {
         "judges": [slow],
-        "stop_kl": 0.05, "learning_rate": 5e-5,
+        "stop_kl": 0.05,
+        "learning_rate": 5e-5,
         "eval_rollouts": 1,
         "save_steps": 1,
         "total_rollouts": 30,
