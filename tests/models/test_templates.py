@@ -389,6 +389,21 @@ def test_a_template_without_a_token_that_ends_an_answer_is_named(tokenizer: Any)
     assert any("writes no token that ends an answer" in note for note in ChatEncoder(changed).notes)
 
 
+def test_a_template_that_ends_the_last_answer_only_is_named(tokenizer: Any) -> None:
+    """Falcon 3's: earlier answers are trained without an end, and multi-turn files teach less of it than they seem to."""
+    changed = copy.deepcopy(tokenizer)
+    ended = "{% if loop.last %}{{ eos_token }}{% endif %}"
+    changed.chat_template = (
+        "{% for m in messages %}{{ m.role + ':\n' + m.content }}{% if m.role == 'assistant' %}"
+        + ended
+        + "{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    assert any("ends the last answer of a dialogue only" in note for note in ChatEncoder(changed).notes)
+    changed.chat_template = changed.chat_template.replace(ended, "{{ eos_token }}")
+    assert not any("only" in note for note in ChatEncoder(changed).notes)
+
+
 def test_a_template_that_cuts_long_contents_is_refused(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="changes the text of"):
         ChatEncoder(with_chatml(tokenizer, CHATML.replace("m.content", "m.content[:500]") + OPENED))
