@@ -125,7 +125,8 @@ def _named_like_a_router(name: str) -> bool:
 
 
 def _never_called(model: PreTrainedModel) -> set[str]:
-    """Last name parts of linear layers that a forward pass never calls, tried on a small copy of the model."""
+    """Last name parts of linear layers that a forward pass never calls, tried on a small copy of the model; and of those
+    that are called but compute something else (DeepSeek V4's `o_a_proj`, one product per group of heads)."""
     tried: Any = small_copy(model.config) or (model if model.num_parameters() < MOST_PARAMETERS else None)
     if tried is None:
         return set()
@@ -135,13 +136,18 @@ def _never_called(model: PreTrainedModel) -> set[str]:
         if is_linear(module):
             part = name.split(".")[-1]
             called.setdefault(part, False)
-            hooks.append(module.register_forward_hook(lambda *_, part=part: called.update({part: True})))
+            hooks.append(module.register_forward_hook(functools.partial(_note_call, called, part)))
     ids = torch.arange(16)[None] % tried.config.get_text_config().vocab_size
     with torch.no_grad():
         tried(input_ids=ids.to(next(tried.parameters()).device), **no_cache(tried))
     for hook in hooks:
         hook.remove()
     return {part for part, was in called.items() if not was}
+
+
+def _note_call(called: dict[str, bool], part: str, module: Any, given: tuple[Any, ...], output: Any) -> None:
+    width = getattr(module, "out_features", None) or getattr(module, "nf", None)  # GPT-2's
+    called[part] |= not given or getattr(output, "shape", None) == (*given[0].shape[:-1], width)
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
@@ -151,8 +157,8 @@ def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
     for target in targets:
         if target.split(".")[-1] in uncalled:
             raise UserError(
-                f"lora: target_modules: {type(model).__name__} reads the weights of {target!r} without calling the layer; an "
-                "adapter on it would train nothing, leave it out"
+                f"lora: target_modules: {type(model).__name__} reads the weights of {target!r} without calling the layer as a "
+                "linear one; an adapter on it would not train what it computes, leave it out"
             )
         hit = [module for name, module in layers.items() if name == target or name.endswith("." + target)]
         if not hit:

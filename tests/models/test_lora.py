@@ -87,6 +87,33 @@ def test_a_layer_whose_weights_are_read_without_a_call_is_no_target() -> None:
     assert "router" not in linear_module_names(model)
 
 
+DEEPSEEK4 = {
+    **SMALL,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "o_groups": 2,
+    "o_lora_rank": 8,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+def test_a_layer_that_is_several_products_at_once_is_no_target() -> None:
+    """DeepSeek V4's `o_a_proj` is a linear layer by its type, with a product of its own for each group of heads."""
+    model = AutoModelForCausalLM.from_config(transformers.DeepseekV4Config(**DEEPSEEK4))
+    adapted: Any = get_peft_model(model, lora_config(model, LoraOptions(r=2, alpha=4), "CAUSAL_LM"))
+    assert any("o_b_proj.lora_B" in name for name, _ in adapted.named_parameters())
+    adapted(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    with pytest.raises(UserError, match="'o_a_proj' without calling the layer as a linear one"):
+        lora_config(model, LoraOptions(target_modules=["o_a_proj"]), "CAUSAL_LM")
+
+
 def test_targets_that_the_model_lacks_are_named_with_what_it_has(tiny_lm: Any) -> None:
     has = "down_proj" if "Llama" in type(tiny_lm).__name__ else "c_fc"
     with pytest.raises(UserError, match=rf"has no linear layer 'query_key_value'; it has .*{has}"):
