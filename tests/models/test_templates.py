@@ -22,7 +22,7 @@ from pipeline.data.chat_template import (
 from pipeline.data.encoding import IGNORE, ChatEncoder
 from pipeline.data.records import at_row
 from pipeline.errors import UserError
-from pipeline.models.tokenizers import assign_template, template_identity
+from pipeline.models.tokenizers import assign_template, forbidden_token_ids, template_identity
 
 import pytest
 import trl
@@ -402,6 +402,17 @@ def test_a_template_that_ends_the_last_answer_only_is_named(tokenizer: Any) -> N
     assert any("ends the last answer of a dialogue only" in note for note in ChatEncoder(changed).notes)
     changed.chat_template = changed.chat_template.replace(ended, "{{ eos_token }}")
     assert not any("only" in note for note in ChatEncoder(changed).notes)
+
+
+def test_unknown_text_is_read_where_its_token_pads_too() -> None:
+    """The row was refused: 'ß' was called a control token."""
+    tokenizer = spaced_tokenizer()
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.chat_template = FAMILIES["chatml"].template.replace("<|im_end|>", "</s>")
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.prompt_ids([user("a ß b")]) == served(encoder, [user("a ß b")])
+    assert tokenizer.unk_token_id in encoder.response_ids("a ß b")
+    assert tokenizer.pad_token_id in forbidden_token_ids(tokenizer, len(tokenizer), [encoder.end_id])
 
 
 def test_a_template_that_cuts_long_contents_is_refused(tokenizer: Any) -> None:
