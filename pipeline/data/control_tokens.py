@@ -38,7 +38,8 @@ def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that steer a model rather than being read: special tokens, and added tokens that act like them.
 
     An added token that is not special counts if the chat template writes it (turn tokens) or if it looks like `<|…|>` or
-    `<think>`. Other added tokens (words, runs of spaces, HTML) are ordinary text. The token for unknown text is none.
+    `<think>`. Other added tokens (words, runs of spaces, HTML) are ordinary text. The token for unknown text is none, also
+    where it pads (Llama 2's tokenizers are often set so): unknown text has no other ids.
     """
     template = tokenizer.chat_template or ""
     template = template if isinstance(template, str) else "".join(template.values())
@@ -49,7 +50,7 @@ def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         steers = markup is not None and HTML.fullmatch(markup["name"] or "") is None
         if text and (steers or (not text.isalnum() and text in template)):
             ids.add(i)
-    steering = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    steering = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     return ids - ({tokenizer.unk_token_id} - steering)
 
 

@@ -205,6 +205,14 @@ class ChatEncoder:
         first = next((token for token in tail if token in self.text.control or not self._is_space(token)), None)
         return first if first in self.text.control else self.eos_id
 
+    def _ends_earlier_answers(self) -> bool:
+        """Whether the template ends an answer that another turn follows; where none can, there is nothing to end."""
+        try:
+            tail = self.template.pieces(("user", "assistant", "user"), True)[2]
+        except TemplateRefusal:
+            return True
+        return not {self.end_id, self.eos_id}.isdisjoint(self.text.encode([(tail, False)])[0])
+
     def _is_space(self, token: int) -> bool:
         return not str(self.tokenizer.decode([token])).strip()
 
@@ -217,10 +225,16 @@ class ChatEncoder:
             notes.append(
                 f"answers end with {end!r}, as the chat template ends a turn (EOS is {self.tokenizer.eos_token!r})"
             )
-        elif self.end_id not in self.text.encode([(self.template.answer_tail, False)])[0]:
+        earlier = self._ends_earlier_answers()
+        if self.end_id not in self.text.encode([(self.template.answer_tail, False)])[0]:
             notes.append(
                 f"the chat template writes no token that ends an answer; answers are trained to end with EOS "
-                f"({self.tokenizer.eos_token!r}), which earlier answers of a dialogue lack"
+                f"({self.tokenizer.eos_token!r})"
+                + (", which earlier answers of a dialogue lack" if not earlier else "")
+            )
+        elif not earlier and self.trains_earlier:
+            notes.append(
+                "the chat template ends the last answer of a dialogue only; earlier ones are trained without an end"
             )
         if not self.trains_earlier:
             notes.append(

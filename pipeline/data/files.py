@@ -14,6 +14,7 @@ import io
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -350,7 +351,10 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+        file = pyarrow.parquet.ParquetFile(path)
+        if twice := next((name for name, count in Counter(file.schema_arrow.names).items() if count > 1), None):
+            raise UserError(f"column {shorten(twice)} stands twice; keep one", file=path)
+        for batch in file.iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1
                 yield FileRow(number, plain_row(row))
@@ -359,7 +363,10 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
 
 
 def plain_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A table's row as JSON could hold it, without its nulls: times as ISO text, decimals as numbers, NaN as null."""
+    """A table's row as JSON could hold it, without its nulls: times as ISO text, decimals as numbers, NaN as null.
+
+    Bytes are text where they are UTF-8, as several programs write it; others are no text, which a stage would train on.
+    """
     return {name: plain for name, value in row.items() if (plain := _plain(value)) is not None}
 
 
@@ -377,5 +384,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
     if isinstance(value, bytes):
-        return f"<{len(value)} bytes>"
-    return f"<{type(value).__name__}>"
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return {"bytes": len(value)}
+    return {"type": type(value).__name__}

@@ -5,6 +5,8 @@ Every key of a message is used, refused, or named by `unread_message_keys`.
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +25,7 @@ SHAREGPT_ROLES = {
 }
 _READ_KEYS = {"role", "content", "from", "value", "train", "weight"}
 _CALLS = ("tool_calls", "function_call")
+_WRITTEN_LIST = re.compile(r"\s*\[\s*\{.*\}\s*\]\s*", re.DOTALL)
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -107,6 +110,25 @@ def unread_message_keys(row: dict[str, Any]) -> Iterator[str]:
                 for key, held in message.items():
                     if key not in _READ_KEYS and held not in (None, "", [], {}):
                         yield str(key)
+
+
+def refuse_written_list(text: str, name: str) -> None:
+    """Refuse text that is a list of messages as JSON or Python writes it, as pandas puts one into a CSV.
+
+    Raises:
+        RecordError: it is one; it would be trained on with its brackets and keys.
+    """
+    if not _WRITTEN_LIST.match(text):
+        return
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if all(
+            isinstance(m, dict) and (m.keys() >= {"role", "content"} or m.keys() >= {"from", "value"}) for m in value
+        ):
+            raise RecordError(f"`{name}` is a list of messages written as text; give the list itself, in a .jsonl file")
 
 
 def parse_hh_turns(text: str, name: str) -> list[Message]:

@@ -36,6 +36,7 @@ from pipeline.data.messages import (
     parse_hh_turns,
     parse_messages,
     parse_prompt_text,
+    refuse_written_list,
     trained_turns,
     unread_message_keys,
 )
@@ -328,7 +329,9 @@ def _response(row: dict[str, Any], name: str, prompt: list[Message], may_be_empt
     if may_be_empty and isinstance(value, str) and not value.strip():
         return value
     if not isinstance(value, list):
-        return _text(row, name)
+        text = _text(row, name)
+        refuse_written_list(text, name)
+        return text
     messages = parse_messages(value, name, may_be_empty)
     without_system = prompt[1:] if prompt[0]["role"] == "system" else prompt
     if messages[-1]["role"] != "assistant" or messages[:-1] not in ([], prompt, without_system):
@@ -342,6 +345,7 @@ def _prompt(value: Any) -> list[Message]:
     if isinstance(value, str):
         if not value.strip():
             raise RecordError("`prompt` is empty; fill it or remove the row")
+        refuse_written_list(value, "prompt")
         messages = parse_prompt_text(value)
     else:
         try:

@@ -21,6 +21,8 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 logger = logging.getLogger(__name__)
+# Language models whose body has another name than their class says: that of the model with pictures.
+BODIES = {"Llama4ForCausalLM": "model"}
 
 
 def classifier_class(config: PreTrainedConfig) -> Any:
@@ -39,7 +41,7 @@ def _generic(causal: Any, config_class: type[PreTrainedConfig]) -> Any:
         "transformers has no %s; its generic classifier is used, in a folder that plain transformers cannot load", name
     )
     values = {
-        "base_model_prefix": causal.base_model_prefix,
+        "base_model_prefix": BODIES.get(causal.__name__, causal.base_model_prefix),
         "config_class": config_class,  # the family's may be that of a model with pictures, built from its defaults
         "__init__": _init,
         "__module__": __name__,

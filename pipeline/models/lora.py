@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from pipeline.errors import UserError
 from pipeline.models.experts import expert_counts
 from pipeline.models.loading import fit_embeddings, keep_router_logits_off, read_config, set_pad
 from pipeline.models.precision import is_linear
+from pipeline.models.reward_model import no_cache
 from pipeline.models.shrink import MOST_PARAMETERS, small_copy
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.utils import transformers_weight_conversion
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +36,22 @@ MAMBA_TYPES = (
     "granitemoehybrid",
 )
 MAMBA_UNCALLED = frozenset({"conv1d", "x_proj", "dt_proj", "out_proj"})
+_convert = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+
+
+@functools.wraps(_convert)
+def _keep_known_names(
+    model: torch.nn.Module, peft_config: Any, adapter_state_dict: dict[str, torch.Tensor], adapter_name: str = "default"
+) -> dict[str, torch.Tensor]:
+    known = {name.replace(f".{adapter_name}", "") for name, _ in model.named_parameters() if ".lora_" in name}
+    if all(name in known for name in adapter_state_dict if ".lora_" in name):
+        return adapter_state_dict
+    return _convert(model, peft_config, adapter_state_dict, adapter_name)
+
+
+# Private API (peft 0.21). peft renames an adapter's weights as transformers renames those of older checkpoints, also where they
+# have the new names already: Laguna's `shared_experts` were then left out of a merged model, with a warning.
+transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers = _keep_known_names
 
 
 def lora_config(
@@ -77,11 +97,13 @@ def linear_module_names(model: PreTrainedModel) -> list[str]:
         name for name, child in model.named_children() if child is not getattr(model, model.base_model_prefix, child)
     ]
     modules = dict(model.named_modules())
+    shared = _shared_weights(model)
     names = [
         name
         for name, module in modules.items()
         if is_linear(module)
         and module is not output
+        and id(module.weight) not in shared
         and name.split(".")[0] not in heads
         and name.split(".")[-1] not in uncalled
         and not (_named_like_a_router(name) and getattr(module, "out_features", None) in experts)  # it stays as it is
@@ -91,13 +113,20 @@ def linear_module_names(model: PreTrainedModel) -> list[str]:
     return sorted(targets)
 
 
+def _shared_weights(model: PreTrainedModel) -> set[int]:
+    """Ids of the weights that several linear layers hold (Zamba 2): merging an adapter on one would change the others."""
+    held = Counter(id(module.weight) for module in model.modules() if is_linear(module))
+    return {weight for weight, layers in held.items() if layers > 1}
+
+
 def _named_like_a_router(name: str) -> bool:
     """A width alone does not tell: a key projection may be as wide as there are experts."""
     return any(part == "gate" or "router" in part for part in name.split("."))
 
 
 def _never_called(model: PreTrainedModel) -> set[str]:
-    """Last name parts of linear layers that a forward pass never calls, tried on a small copy of the model."""
+    """Last name parts of linear layers that a forward pass never calls, tried on a small copy of the model; and of those
+    that are called but compute something else (DeepSeek V4's `o_a_proj`, one product per group of heads)."""
     tried: Any = small_copy(model.config) or (model if model.num_parameters() < MOST_PARAMETERS else None)
     if tried is None:
         return set()
@@ -107,23 +136,29 @@ def _never_called(model: PreTrainedModel) -> set[str]:
         if is_linear(module):
             part = name.split(".")[-1]
             called.setdefault(part, False)
-            hooks.append(module.register_forward_hook(lambda *_, part=part: called.update({part: True})))
+            hooks.append(module.register_forward_hook(functools.partial(_note_call, called, part)))
     ids = torch.arange(16)[None] % tried.config.get_text_config().vocab_size
     with torch.no_grad():
-        tried(input_ids=ids.to(next(tried.parameters()).device))
+        tried(input_ids=ids.to(next(tried.parameters()).device), **no_cache(tried))
     for hook in hooks:
         hook.remove()
     return {part for part, was in called.items() if not was}
 
 
+def _note_call(called: dict[str, bool], part: str, module: Any, given: tuple[Any, ...], output: Any) -> None:
+    width = getattr(module, "out_features", None) or getattr(module, "nf", None)  # GPT-2's
+    called[part] |= not given or getattr(output, "shape", None) == (*given[0].shape[:-1], width)
+
+
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
     layers = {n: m for n, m in model.named_modules() if is_linear(m) or isinstance(m, torch.nn.Embedding)}
     uncalled = _never_called(model) if targets else set()
+    shared = _shared_weights(model)
     for target in targets:
         if target.split(".")[-1] in uncalled:
             raise UserError(
-                f"lora: target_modules: {type(model).__name__} reads the weights of {target!r} without calling the layer; an "
-                "adapter on it would train nothing, leave it out"
+                f"lora: target_modules: {type(model).__name__} reads the weights of {target!r} without calling the layer as a "
+                "linear one; an adapter on it would not train what it computes, leave it out"
             )
         hit = [module for name, module in layers.items() if name == target or name.endswith("." + target)]
         if not hit:
@@ -136,6 +171,11 @@ def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
             raise UserError(
                 f"lora: target_modules: {target!r} is tied in this model (embedding and head are one table), and an adapter "
                 "on one would change both when merged; leave it out"
+            )
+        if any(id(module.weight) in shared for module in hit):
+            raise UserError(
+                f"lora: target_modules: {target!r} is one weight that several layers of {type(model).__name__} share, and an "
+                "adapter on one would change them all when merged; leave it out"
             )
 
 

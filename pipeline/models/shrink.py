@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 LAYER_NAMES = ("num_hidden_layers", "n_layer", "num_layers")
 WINDOW = 4  # tokens of a small copy's attention windows
-WINDOW_NAMES = ("sliding_window", "attention_window_size", "sliding_window_size", "window_size")
+WINDOW_NAMES = (
+    "sliding_window",
+    "attention_window_size",
+    "sliding_window_size",
+    "window_size",
+    "attention_chunk_size",  # Llama 4
+)
 WIDTH, HEADS, LAYERS = 64, 4, 2
 SMALL_VOCABULARY = 64
 MOST_PARAMETERS = 60_000_000  # of a copy that keeps its widths; a larger one is narrowed

@@ -280,8 +280,44 @@ def test_parquet_with_times_nested_columns_and_nulls(tmp_path: Path) -> None:
     first, second = read_source(DatasetEntry(path="a.parquet"), "demonstration", tmp_path).records
     assert contents(first) == ["Hi", "Hello."] == contents(second)
     assert first["row"]["created_at"] == "2026-05-01T12:00:00"
-    assert (first["row"]["raw"], first["row"]["lasted"], first["labeler"]) == ("<1 bytes>", 2.0, "3")
+    assert (first["row"]["raw"], first["row"]["lasted"], first["labeler"]) == ({"bytes": 1}, 2.0, "3")
     assert "created_at" not in second["row"]
+
+
+def test_bytes_of_a_table_are_text_only_where_they_are_utf8(tmp_path: Path) -> None:
+    """Spark and others write text without saying so; "<5 bytes>" was trained on instead."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": "Straße".encode(), "response": b"yes"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    record = read_records(tmp_path / "a.parquet", PARSERS["demonstration"])[0]
+    assert contents(record) == ["Straße", "yes"]
+    rows[0]["response"] = "Straße".encode("latin-1")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r":1: `response` must be text, got {'bytes': 6}"):
+        read_records(tmp_path / "b.parquet", PARSERS["demonstration"])
+
+
+def test_a_parquet_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array([text]) for text in ("p", "one", "other")]
+    table = pyarrow.Table.from_arrays(columns, names=["prompt", "response", "response"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="column 'response' stands twice; keep one"):
+        read_records(tmp_path / "a.parquet", PARSERS["demonstration"])
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr], ids=["as JSON", "as Python"])
+def test_a_list_of_messages_that_was_written_as_text_is_no_text(tmp_path: Path, write: Any) -> None:
+    row = {"prompt": write([USER]), "chosen": "a", "rejected": "b"}
+    with pytest.raises(UserError, match="`prompt` is a list of messages written as text; give the list itself"):
+        one(tmp_path, row, "ranking")
+    with pytest.raises(UserError, match="`rejected` is a list of messages written as text"):
+        one(tmp_path, {"prompt": "Hi", "chosen": "a", "rejected": write([USER, ANSWER])}, "ranking")
+    assert contents(one(tmp_path, {"prompt": "[INST] {x}", "response": '[{"role": 1}]'}, "demonstration"))
 
 
 # ------------------------------------------------------------------------------------------------ broken and unusable rows

@@ -117,3 +117,19 @@ def test_a_change_of_logits_that_is_not_known_takes_the_models_own_forward_pass(
     nll = policy.text_nll(torch.tensor([[5, 6, 7]]), None, labels)
     logits = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits[0, :2]
     torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum"))
+
+
+def test_a_head_of_another_width_takes_the_models_own_forward_pass() -> None:
+    """RemBERT's head follows a layer that makes its states wider."""
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.RemBertConfig(
+        **sizes, input_embedding_size=8, output_embedding_size=24, is_decoder=True, max_position_embeddings=32
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert not LanguageModel(model, 1.0, []).direct_head

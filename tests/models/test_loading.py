@@ -27,6 +27,7 @@ from transformers import (
     FalconConfig,
     FalconH1Config,
     Gemma3nTextConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
@@ -106,10 +107,14 @@ def test_a_language_model_gets_a_new_head_and_a_reward_model_keeps_its_own(folde
         load_scalar_model(str(target))
 
 
-@pytest.mark.parametrize("kind", [CohereConfig, MambaConfig], ids=lambda c: c.model_type)
+LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 16, "num_local_experts": 2}
+
+
+@pytest.mark.parametrize("kind", [CohereConfig, MambaConfig, Llama4TextConfig], ids=lambda c: c.model_type)
 def test_an_architecture_without_a_classifier_gets_one(kind: Any, tmp_path: Path) -> None:
-    """transformers has none for either; the folder loads again with the same scores."""
-    sizes = SIZES if kind is CohereConfig else {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    """transformers has none for them; the folder loads again with the same scores. Llama 4's body is not named as its class says."""
+    mamba = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    sizes: dict[str, Any] = mamba if kind is MambaConfig else SIZES | (LLAMA4 if kind is Llama4TextConfig else {})
     AutoModelForCausalLM.from_config(kind(vocab_size=50, pad_token_id=0, **sizes)).save_pretrained(tmp_path / "lm")
     model = load_scalar_model(str(tmp_path / "lm")).eval()
     model.save_pretrained(tmp_path / "reward")

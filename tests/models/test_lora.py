@@ -87,6 +87,33 @@ def test_a_layer_whose_weights_are_read_without_a_call_is_no_target() -> None:
     assert "router" not in linear_module_names(model)
 
 
+DEEPSEEK4 = {
+    **SMALL,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "o_groups": 2,
+    "o_lora_rank": 8,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+def test_a_layer_that_is_several_products_at_once_is_no_target() -> None:
+    """DeepSeek V4's `o_a_proj` is a linear layer by its type, with a product of its own for each group of heads."""
+    model = AutoModelForCausalLM.from_config(transformers.DeepseekV4Config(**DEEPSEEK4))
+    adapted: Any = get_peft_model(model, lora_config(model, LoraOptions(r=2, alpha=4), "CAUSAL_LM"))
+    assert any("o_b_proj.lora_B" in name for name, _ in adapted.named_parameters())
+    adapted(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    with pytest.raises(UserError, match="'o_a_proj' without calling the layer as a linear one"):
+        lora_config(model, LoraOptions(target_modules=["o_a_proj"]), "CAUSAL_LM")
+
+
 def test_targets_that_the_model_lacks_are_named_with_what_it_has(tiny_lm: Any) -> None:
     has = "down_proj" if "Llama" in type(tiny_lm).__name__ else "c_fc"
     with pytest.raises(UserError, match=rf"has no linear layer 'query_key_value'; it has .*{has}"):
@@ -146,6 +173,58 @@ def test_a_tied_table_is_no_target(base: Path) -> None:
                 lora_config(model, LoraOptions(target_modules=[name]), "CAUSAL_LM")
         else:
             lora_config(model, LoraOptions(target_modules=[name]), "CAUSAL_LM")
+
+
+def test_an_adapter_keeps_the_names_of_its_model(tokenizer: Any, tmp_path: Path) -> None:
+    """peft renamed Laguna's `shared_experts` as in an older checkpoint; the merged model lacked their adapters."""
+    sizes = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+    }
+    config = transformers.LagunaConfig(
+        **{**SMALL, **sizes, "vocab_size": len(tokenizer)},
+        num_key_value_heads=2,
+        head_dim=8,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+    )
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = load_causal_lm(str(tmp_path / "base"))
+    adapted = trained(model, lora_config(model, LoraOptions(r=2, alpha=4), "CAUSAL_LM"))
+    assert any("shared_experts" in name and "lora_B" in name for name, _ in adapted.named_parameters())
+    expected = logits(adapted)
+    save_merged(adapted, load_causal_lm(str(tmp_path / "base")), tokenizer, tmp_path / "out")
+    torch.testing.assert_close(logits(load_causal_lm(str(tmp_path / "out"))), expected, atol=2e-5, rtol=2e-5)
+
+
+ZAMBA2 = {"num_key_value_heads": 2, "n_mamba_heads": 4, "mamba_d_state": 4, "chunk_size": 8, "num_mem_blocks": 1}
+
+
+def test_a_weight_that_layers_share_is_no_target() -> None:
+    """Zamba 2 has one attention block in several places: each place's adapter, merged, would change all the others."""
+    layers = ["mamba", "hybrid", "mamba", "hybrid"]
+    sizes = {**SMALL, **ZAMBA2, "num_hidden_layers": 4}
+    model: Any = AutoModelForCausalLM.from_config(transformers.Zamba2Config(**sizes, layers_block_type=layers)).eval()
+    adapted: Any = get_peft_model(model, lora_config(model, LoraOptions(r=2, alpha=4), "CAUSAL_LM")).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    expected = logits(adapted)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, atol=2e-5, rtol=2e-5)
+    with pytest.raises(UserError, match="'q_proj' is one weight that several layers of Zamba2ForCausalLM share"):
+        lora_config(model, LoraOptions(target_modules=["q_proj"]), "CAUSAL_LM")
+
+
+def test_a_small_copy_without_attention_layers_tries_its_layers() -> None:
+    """It is tried without a cache, which counts no tokens where no layer attends."""
+    layers = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+    sizes = {**SMALL, **layers, "num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 8}
+    config = transformers.GraniteMoeHybridConfig(**sizes, num_key_value_heads=2, layer_types=["mamba"] * 2)
+    model = AutoModelForCausalLM.from_config(config)
+    assert lora_config(model, LoraOptions(r=2, alpha=4), "CAUSAL_LM").target_modules
 
 
 def test_a_reward_adapter_is_read_back(base: Path, tokenizer: Any, tmp_path: Path) -> None:

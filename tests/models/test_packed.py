@@ -173,6 +173,12 @@ def test_a_window_longer_than_the_trial_is_tried_on_a_small_copy() -> None:
     assert not enable_packed_attention(model)
 
 
+def test_attention_in_chunks_longer_than_the_trial_stays_padded() -> None:
+    """Llama 4's chunks have 8,192 tokens: packed attention, which has none, was taken for the same."""
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2}
+    assert not enable_packed_attention(network("Llama4TextConfig", **sizes, attention_chunk_size=32))
+
+
 def test_trials_leave_the_random_state_alone(tiny_lm: Any) -> None:
     model = copy.deepcopy(tiny_lm).train()
     torch.manual_seed(3)

@@ -22,7 +22,7 @@ from pipeline.data.chat_template import (
 from pipeline.data.encoding import IGNORE, ChatEncoder
 from pipeline.data.records import at_row
 from pipeline.errors import UserError
-from pipeline.models.tokenizers import assign_template, template_identity
+from pipeline.models.tokenizers import assign_template, forbidden_token_ids, template_identity
 
 import pytest
 import trl
@@ -387,6 +387,32 @@ def test_a_template_without_a_token_that_ends_an_answer_is_named(tokenizer: Any)
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     assert any("writes no token that ends an answer" in note for note in ChatEncoder(changed).notes)
+
+
+def test_a_template_that_ends_the_last_answer_only_is_named(tokenizer: Any) -> None:
+    """Falcon 3's: earlier answers are trained without an end, and multi-turn files teach less of it than they seem to."""
+    changed = copy.deepcopy(tokenizer)
+    ended = "{% if loop.last %}{{ eos_token }}{% endif %}"
+    changed.chat_template = (
+        "{% for m in messages %}{{ m.role + ':\n' + m.content }}{% if m.role == 'assistant' %}"
+        + ended
+        + "{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    assert any("ends the last answer of a dialogue only" in note for note in ChatEncoder(changed).notes)
+    changed.chat_template = changed.chat_template.replace(ended, "{{ eos_token }}")
+    assert not any("only" in note for note in ChatEncoder(changed).notes)
+
+
+def test_unknown_text_is_read_where_its_token_pads_too() -> None:
+    """The row was refused: 'ß' was called a control token."""
+    tokenizer = spaced_tokenizer()
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.chat_template = FAMILIES["chatml"].template.replace("<|im_end|>", "</s>")
+    encoder = ChatEncoder(tokenizer)
+    assert encoder.prompt_ids([user("a ß b")]) == served(encoder, [user("a ß b")])
+    assert tokenizer.unk_token_id in encoder.response_ids("a ß b")
+    assert tokenizer.pad_token_id in forbidden_token_ids(tokenizer, len(tokenizer), [encoder.end_id])
 
 
 def test_a_template_that_cuts_long_contents_is_refused(tokenizer: Any) -> None:
