@@ -22,7 +22,7 @@ from pipeline.data.sources import fingerprint, read_sources
 from pipeline.data.streaming import HubStream, StreamedBlocks
 from pipeline.evaluation.language import bits_per_byte, mean_loss, perplexity
 from pipeline.models.experts import set_router_loss
-from pipeline.models.loading import check_context_length, load_causal_lm, new_causal_lm
+from pipeline.models.loading import check_context_length, load_causal_lm, new_causal_lm, warn_of_switching_positions
 from pipeline.models.tokenizer_training import train_bpe, with_roles
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
 from pipeline.models.trials import isolates_packed_documents, require_causal
@@ -73,6 +73,7 @@ def main(run: Run[PretrainArguments]) -> None:
     if parent:
         model = load_causal_lm(parent.path)
         check_context_length(model.config, args.block_tokens, "block_tokens")
+        warn_of_switching_positions(model.config, args.block_tokens, "block_tokens")
     else:
         set_seed(args.seed)
         model = new_causal_lm(args.config_class, args.model_config, tokenizer, args.block_tokens)

@@ -22,7 +22,12 @@ from pipeline.data.sources import Source, fingerprint, read_sources
 from pipeline.data.stored_records import StoredRecords
 from pipeline.errors import UserError
 from pipeline.evaluation.language import mean_loss, perplexity
-from pipeline.models.loading import check_context_length, keep_router_logits_off, load_causal_lm
+from pipeline.models.loading import (
+    check_context_length,
+    keep_router_logits_off,
+    load_causal_lm,
+    warn_of_switching_positions,
+)
 from pipeline.models.lora import lora_config
 from pipeline.models.sharding import gathered
 from pipeline.models.tokenizers import (
@@ -77,6 +82,7 @@ def main(run: Run[SFTArguments]) -> None:
     model = load_causal_lm(parent.path, args.quantization)
     require_causal(model, args.parent)
     check_context_length(model.config, args.max_tokens, "max_tokens")
+    warn_of_switching_positions(model.config, args.max_tokens, "max_tokens")
     encoder, notes = complete_chat_model(tokenizer, model, args.chat_template, args.output_dir)
     stop_ids = stop_token_ids(encoder, model.generation_config)
     set_stop_tokens(model, stop_ids)

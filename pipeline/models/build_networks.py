@@ -11,7 +11,12 @@ from pipeline.data.encoding import ChatEncoder
 from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.language_model import LanguageModel
-from pipeline.models.loading import check_context_length, checkpoint_activations, load_causal_lm
+from pipeline.models.loading import (
+    check_context_length,
+    checkpoint_activations,
+    load_causal_lm,
+    warn_of_switching_positions,
+)
 from pipeline.models.lora import read_adapter
 from pipeline.models.networks import Networks, SeparateNetworks, SharedTrunkNetworks, zero_value
 from pipeline.models.precision import DevicePlan, cast_frozen_linears_to_bf16
@@ -53,6 +58,7 @@ def build_networks(inputs: NetworkInputs, plan: DevicePlan, device: torch.device
     require_rows(inputs.encoder.tokenizer, policy, inputs.policy)
     tokens = args.max_prompt_tokens + args.max_response_tokens
     check_context_length(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
+    warn_of_switching_positions(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
     arrangements = {"separate": _separate, "shared_trunk": _shared_trunk, "adapters": _adapters}
     networks = arrangements[args.roles](inputs, policy, plan, device)
     takes_packed = [enable_packed_attention(model) for model in networks.models()]  # all are tried

@@ -270,6 +270,21 @@ def check_context_length(config: Any, tokens: int, key: str) -> None:
         )
 
 
+def warn_of_switching_positions(config: PreTrainedConfig, tokens: int, key: str) -> None:
+    """Warn where sequences of `tokens` may change the others of their batch.
+
+    Phi-3's `longrope` takes its short or its long factors by the longest position of a forward pass, for all of its rows.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and original and tokens > original:
+        logger.warning(
+            "%s: in this model (longrope) a sequence of more than %d tokens changes the positions of shorter ones in its batch; "
+            "with at most %d tokens each is as it is alone",
+            key, original, original,
+        )  # fmt: skip
+
+
 def fit_embeddings(model: PreTrainedModel, tokens: int) -> None:
     """More rows for new tokens, each the mean of the old ones; never fewer (some models keep spare rows)."""
     before = [table.weight.shape[0] for table in _tables(model)]

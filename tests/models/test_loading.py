@@ -13,7 +13,14 @@ from helpers.chat_templates import spaced_tokenizer
 from helpers.worlds import make_policy
 from pipeline.data.encoding import document_ids
 from pipeline.errors import UserError
-from pipeline.models.loading import disable_noise, load_causal_lm, load_classifier, new_causal_lm, read_config
+from pipeline.models.loading import (
+    disable_noise,
+    load_causal_lm,
+    load_classifier,
+    new_causal_lm,
+    read_config,
+    warn_of_switching_positions,
+)
 from pipeline.models.reward_model import load_scalar_model, score_ids
 from pipeline.models.tokenizers import add_missing_rows, assign_pad, load_tokenizer, require_rows
 
@@ -31,6 +38,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
+    Phi3Config,
     Qwen3MoeConfig,
 )
 
@@ -295,6 +303,37 @@ def test_nothing_is_random_in_training_mode(config: Any) -> None:
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
+def test_positions_that_switch_with_the_longest_sequence_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """The states of a short sequence beside a long one, in Phi-3 with longrope, are other than alone."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 16,
+        "factor": 4.0,
+        **factors,
+    }
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=50,
+        original_max_position_embeddings=16,
+        max_position_embeddings=64,
+        rope_parameters=rope,
+        pad_token_id=0,
+        initializer_range=0.4,
+        **SIZES,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(1, 41)[None].repeat(2, 1)
+    with torch.no_grad():
+        alone, beside = model(ids[:1, :8]).logits[0], model(ids).logits[0, :8]
+    assert not torch.allclose(alone, beside, atol=1e-4)
+    for tokens, said in ((16, False), (17, True)):
+        caplog.clear()
+        warn_of_switching_positions(config, tokens, "max_tokens")
+        assert ("more than 16 tokens changes the positions" in caplog.text) == said
+
+
 class _Payload:
     """Unpickled, it writes a file."""
 
@@ -319,7 +358,7 @@ def test_no_code_of_a_folder_is_run(load: Any, tmp_path: Path) -> None:
     if load is not load_tokenizer:
         (folder / "model.safetensors").unlink()
         torch.save({"model.norm.weight": _Payload(executed)}, folder / "pytorch_model.bin")
-        with pytest.raises(UserError, match="holds more than tensors, .* convert the weights to safetensors"):
+        with pytest.raises(UserError, match=r"holds more than tensors, .* convert the weights to safetensors"):
             load(str(folder))
         assert not executed.exists()
         torch.load(folder / "pytorch_model.bin", weights_only=False)
