@@ -207,7 +207,7 @@ def prepare_collector(inputs: PPOInputs, run: Run[PPOArguments]) -> Collector:
         offloaded={} if args.offload == "none" else _offload(networks, scorer, device),
     )
     _set_generation_config(collector)  # before a server is sent the policy: the parent's may be one that is not saved
-    return collector if server is None else _sampling_on(server, collector, inputs)
+    return collector if server is None else _sampling_on(server, collector, inputs, run)
 
 
 def _offload(networks: Networks, scorer: Scorer, device: torch.device) -> dict[str, OffloadedTensors]:
@@ -229,7 +229,7 @@ def _checked_server(inputs: PPOInputs, run: Run[PPOArguments]) -> VLLMServer:
     return server
 
 
-def _sampling_on(server: VLLMServer, collector: Collector, inputs: PPOInputs) -> Collector:
+def _sampling_on(server: VLLMServer, collector: Collector, inputs: PPOInputs, run: Run[PPOArguments]) -> Collector:
     """The same collector, whose policy samples on a server."""
     args = collector.args
     engine = VLLMEngine(
@@ -243,6 +243,7 @@ def _sampling_on(server: VLLMServer, collector: Collector, inputs: PPOInputs) ->
         precision="bf16" if collector.plan.bf16 else "fp32",
         wait=args.engine_wait,
         reference=collector.offloaded.get("reference", nullcontext()),
+        leave_if_interrupted=run.leave_if_interrupted,
     )
     return replace(collector, server=engine)
 

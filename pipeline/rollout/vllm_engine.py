@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -84,6 +84,7 @@ class VLLMEngine:
         precision: "fp32" or "bf16", of the trainer's passes.
         wait: seconds that a server which fails may stay away.
         reference: the reference is on the device inside `with` only (see `models.offload`).
+        leave_if_interrupted: ends the run after a signal, in all processes; called while the server is waited for.
     """
 
     server: VLLMServer
@@ -96,6 +97,7 @@ class VLLMEngine:
     precision: str
     wait: float
     reference: AbstractContextManager[None]
+    leave_if_interrupted: Callable[[], None]
     _sent: list[float] | None = None  # sums of the weights that the server has; None: unknown
     _probe_ids: list[int] = field(default_factory=list)  # the probe and its response
     _probe_logprobs: list[float] = field(default_factory=list)  # of these, as the server computed them after loading
@@ -127,7 +129,12 @@ class VLLMEngine:
                 return responses
             self._sent = None  # it may have restarted
             until = time.monotonic() + self.wait if until is None else until
-            self.processes.from_main(partial(self._wait_for_server, failure, until))
+            if self.processes.is_main:
+                logger.warning("ppo: the server at %s failed: %s; its weights are sent again", self.server.url, failure)
+            back = False
+            while not back:
+                back = self.processes.from_main(partial(self._is_back, failure, until))
+                self.leave_if_interrupted()
 
     def remove_weights(self) -> None:
         """Delete what was written for the server."""
@@ -255,21 +262,19 @@ class VLLMEngine:
             return "it answers with other weights than it was sent, so it restarted"
         return None
 
-    def _wait_for_server(self, failure: str, until: float) -> None:
-        """
+    def _is_back(self, failure: str, until: float) -> bool:
+        """Whether the server answers, after a pause.
+
         Raises:
-            UserError: the server is not back in time.
+            UserError: the time is over.
         """
-        logger.warning("ppo: the server at %s failed: %s; its weights are sent again", self.server.url, failure)
-        while True:
-            time.sleep(min(PAUSE, self.wait / 10))
-            if time.monotonic() > until:
-                raise UserError(
-                    f"engine_url {self.server.url}: {failure}; not back after {self.wait:g} s (engine_wait). Start the server, then "
-                    f"the same command again: it resumes from the last checkpoint ({PAGE})"
-                )
-            if self.server.answers():
-                return
+        time.sleep(min(PAUSE, self.wait / 10))
+        if time.monotonic() > until:
+            raise UserError(
+                f"engine_url {self.server.url}: {failure}; not back after {self.wait:g} s (engine_wait). Start the server, then "
+                f"the same command again: it resumes from the last checkpoint ({PAGE})"
+            )
+        return self.server.answers()
 
 
 def request_seed(uniforms: Tensor) -> int:

@@ -55,6 +55,10 @@ class Run(Generic[Arguments]):
             self.interruption.signal = signal.SIGTERM
         return got
 
+    def leave_if_interrupted(self) -> None:
+        if self.interrupted():
+            self.leave_interrupted()
+
     def leave_interrupted(self) -> typing.NoReturn:
         assert self.interruption is not None
         number = self.interruption.signal or signal.SIGTERM

@@ -25,13 +25,14 @@ RLHF = [sys.executable, "-m", "pipeline.cli"]
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
-    """The demo's recipes at tiny size, as a recipe folder."""
+    """The demo's recipes at tiny size, as a recipe folder. Their run is another one than the demo's, which may be here."""
     folder = tmp_path_factory.mktemp("tiny-recipe")
     for stage in STAGES:
         values = {**yaml.safe_load((recipes / f"{stage}.yaml").read_text()), **TINY[stage]}
         if stage == "reward":
             values["parent"] = "./runs/demo/sft/"  # another spelling of what sft.yaml writes
-        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
+        text = yaml.safe_dump(values).replace("runs/demo", "runs/tiny-recipe")
+        (folder / f"{stage}.yaml").write_text(text)
     return folder
 
 
@@ -53,7 +54,7 @@ def test_a_run_hands_each_stage_to_the_next(recipe: Path, tmp_path: Path, last: 
             {"total_rollouts": 2} if stage == "ppo" else dict.fromkeys(("max_steps", "eval_steps", "save_steps"), 5)
         )
         if stage == "sft":
-            few["parent"] = "./runs/demo/pretrain/"  # another spelling of what pretrain.yaml writes
+            few["parent"] = "./runs/tiny-recipe/pretrain/"  # another spelling of what pretrain.yaml writes
         (tmp_path / "recipe" / f"{stage}.yaml").write_text(yaml.safe_dump({**values, **few}))
     run = tmp_path / "run"
     done = rlhf("run", tmp_path / "recipe", "--output-dir", run, "--to", last)

@@ -20,10 +20,11 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_reports_perplexity_is_that_of_pretraining(name: str, tmp_path: Path) -> None:
+def test_the_reports_perplexity_is_that_of_pretraining(name: str, recipes: Path, tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128, **MODELS[name]}
     model = {"config_class": name, "model_config": json.dumps(sizes)}
-    flags = tiny_flags("pretrain", tmp_path, max_steps=60, learning_rate=1e-2, **model)
+    config = recipes / "pretrain.yaml"
+    flags = tiny_flags("pretrain", tmp_path, config=config, max_steps=60, learning_rate=1e-2, **model)
     said = launch("pretrain", flags).stderr
     assert ("see each other" in said) == (name == "OPTConfig")
     found = alignment_tax(read_run(tmp_path), {}, str(ROOT))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
-from helpers.launches import FSDP2, launch
+from helpers.launches import FSDP2, kill_when, launch, lineage
 from helpers.ppo_training import one_rollout, with_training
 from helpers.vllm_servers import FakeVLLM, served
 from helpers.worlds import make_policy, train, write_recipe
@@ -138,6 +139,28 @@ def test_a_server_that_stays_away_ends_the_run_at_its_last_checkpoint(
         fake.spoil = None
         changes = {**SMALL, "engine_url": url, "engine_wait": 3.0}  # neither is of the run's identity
         assert train(tmp_path / "run", policy, REWARD, **changes)["resumed_from"]
+
+
+def test_a_signal_ends_a_run_that_waits_for_its_server(policy: Path, tmp_path: Path) -> None:
+    fake = FakeVLLM(policy)
+
+    def spoil(choice: dict[str, Any]) -> None:
+        if len(fake.seeds) > 40:
+            choice["finish_reason"] = "abort"
+
+    fake.spoil = spoil
+    out = tmp_path / "run" / "out"
+    with served(fake) as url:
+        recipe = write_recipe(tmp_path / "run", policy, REWARD, **{**SMALL, "engine_url": url, "engine_wait": 600.0})
+
+        def waits() -> bool:
+            return (out / "log.txt").is_file() and "its weights are sent again" in (out / "log.txt").read_text()
+
+        code = kill_when("ppo", ["--config", str(recipe)], waits, number=signal.SIGTERM)
+        assert code == 128 + signal.SIGTERM
+        fake.spoil = None
+        launch("ppo", ["--config", str(recipe)])
+    assert lineage(out)["resumed_from"]
 
 
 SPOILT = {
