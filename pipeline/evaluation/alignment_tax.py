@@ -16,7 +16,6 @@ from pipeline.errors import UserError
 from pipeline.evaluation.answers import load_finite_model
 from pipeline.evaluation.language import perplexity
 from pipeline.evaluation.run_folder import RunFolder, dataset_entries
-from pipeline.models.loading import load_causal_lm
 from pipeline.models.token_nll import token_nll
 from pipeline.models.tokenizers import load_tokenizer
 from pipeline.models.trials import isolates_packed_documents
@@ -41,8 +40,9 @@ def alignment_tax(run: RunFolder, outside: dict[str, Path], data_root: str | Non
     texts = _held_out_texts(run, data_root)
     if not texts:
         return None
-    blocks, isolated = _pack_as_pretraining(run, tokenizer, texts)
-    collate = BlockCollator(tokenizer.pad_token_id, position_ids=isolated)
+    documents = document_ids(tokenizer, texts)
+    blocks: list[Block] = []
+    packed = False  # whether a block holds several documents, as the first model, and so the run's architecture, allows
     perplexities: dict[str, float] = {}
     tokens = 0
     for name, place in {**{s: run.path / s for s in ANSWERING if s in run.lineages}, **outside}.items():
@@ -54,11 +54,18 @@ def alignment_tax(run: RunFolder, outside: dict[str, Path], data_root: str | Non
         except UserError as error:
             run.note(f"{name}: its perplexity was not measured: {error}")
             continue
-        if isolated and not isolates_packed_documents(model):
+        isolated = isolates_packed_documents(model)
+        if not blocks:
+            packed = isolated
+            blocks = pack_documents(documents, run.recipe("pretrain")["block_tokens"], isolated=packed)[:BLOCKS]
+            if not blocks:  # documents of one token each
+                return None
+        if packed and not isolated:
             run.note(
                 f"{name}: its perplexity was not measured: documents that share a block see each other in this model"
             )
             continue
+        collate = BlockCollator(tokenizer.pad_token_id, position_ids=packed)
         batches = (collate(blocks[i : i + BATCH]) for i in range(0, len(blocks), BATCH))
         nll, tokens, _ = token_nll(model, batches, next(model.parameters()).device)
         if math.isfinite(nll):
@@ -81,10 +88,3 @@ def _held_out_texts(run: RunFolder, data_root: str | None) -> list[str]:
         run.note(f"alignment tax not measured: {error}")
         return []
     return [text for source in sources for text in split_texts(source, recipe["held_out_fraction"])[1]]
-
-
-def _pack_as_pretraining(run: RunFolder, tokenizer: Any, texts: list[str]) -> tuple[list[Block], bool]:
-    """Blocks of texts, and whether a block holds several documents, which the stages' architecture keeps apart."""
-    isolated = isolates_packed_documents(load_causal_lm(str(run.path / "pretrain")))
-    documents, block_tokens = document_ids(tokenizer, texts), run.recipe("pretrain")["block_tokens"]
-    return pack_documents(documents, block_tokens, isolated=isolated)[:BLOCKS], isolated

@@ -146,9 +146,9 @@ def _more_devices(name: str, recipe: Any, setting: Setting, measure: MeasureMemo
 
 def _switches(name: str, recipe: Any, setting: Setting) -> list[Switch]:
     """Smaller batches first, then parts, then adapters; quantisation and 8-bit Adam only where models are whole."""
-    can_shard = setting.gpus > 1 and setting.weight_shards == 1 and divides(name, recipe, setting.gpus)
+    can_shard = setting.gpus > 1 and not setting.shards_weights and divides(name, recipe, setting.gpus)
     shard = [Switch(f"{FSDP2} over {setting.gpus:,} GPUs", {}, "fsdp2")] if can_shard else []
-    whole = setting.weight_shards == 1 and not can_shard
+    whole = not setting.shards_weights and not can_shard
     quantized = [Switch("quantization: 4bit", {"quantization": "4bit"})] if whole else []
     recomputed = Switch("gradient_checkpointing: true", {"gradient_checkpointing": True})
     if name == "ppo":
@@ -157,7 +157,7 @@ def _switches(name: str, recipe: Any, setting: Setting) -> list[Switch]:
         few_rows = Switch("", {}, halved="generation_rows")
         offload = [Switch(f"offload: {parts}", {"offload": parts}) for parts in ("frozen", "all")]
         server = Switch("engine: vllm, on GPUs of its own", {"engine": "vllm", "engine_url": "http://localhost:8000"})
-        servers = [server] if can_shard or setting.weight_shards > 1 else []  # else the policy is whole here anyway
+        servers = [server] if can_shard or setting.shards_weights else []  # else the policy is whole here anyway
         return [
             small,
             few_rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,18 @@ def test_the_reports_perplexity_is_that_of_pretraining(name: str, recipes: Path,
     assert found is not None
     assert found["tokens"] == measured["held_out_tokens"]
     assert found["perplexity"]["pretrain"] == pytest.approx(measured["perplexity"], rel=1e-4)
+
+
+def test_a_stage_that_cannot_be_loaded_is_a_note(chain: Path, tmp_path: Path) -> None:
+    """Pretraining's, too, whose text the others are measured on."""
+    for stage in ("pretrain", "sft"):
+        shutil.copytree(chain / stage, tmp_path / stage)
+    run = read_run(tmp_path)
+    whole = alignment_tax(run, {}, str(ROOT))
+    (tmp_path / "pretrain" / "model.safetensors").unlink()
+    found = alignment_tax(run, {}, str(ROOT))
+    assert whole is not None
+    assert found is not None
+    assert found["tokens"] == whole["tokens"]
+    assert found["perplexity"] == {"sft": whole["perplexity"]["sft"]}
+    assert any("pretrain: its perplexity was not measured" in note for note in run.notes)

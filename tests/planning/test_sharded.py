@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config.ppo import PPOArguments
 from pipeline.config.rewards import RewardSource
+from pipeline.config.sft import SFTArguments
 from pipeline.data.entries import DatasetEntry
 from pipeline.errors import UserError
 from pipeline.planning.advice import advice, attempts
@@ -29,6 +30,7 @@ GPU = Device("gpu", 80, 100, 300, 1)
 POLICY, VALUE = (Model(LLAMA, parameters(LLAMA, scalar)) for scalar in (False, True))
 NETWORKS = PPOModels(POLICY, VALUE, VALUE)
 PROMPTS = Data(100, 10.0)
+SFT = SFTArguments(parent="x", output_dir="z", datasets=[DatasetEntry(path="d")])
 
 
 def setting(gpus: int, sharding: str = "fsdp2", replicas: int = 1, device: Device = GPU) -> Setting:
@@ -140,6 +142,16 @@ def test_advice_halves_a_number_until_it_fits_and_leaves_out_what_the_model_refu
 
     words = [attempt.words for attempt in attempts("ppo", recipe(generation_rows=8, **changes), here, much)]
     assert words[:3] == ["generation_rows: 1", "offload: frozen", "offload: all"]
+
+
+def test_advice_for_one_device_under_fsdp2_is_what_fsdp2_takes() -> None:
+    """It refuses quantised bases and 8-bit AdamW; a server saves the gathered policy there too."""
+    for name, stage in (("ppo", recipe()), ("sft", SFT)):
+        tried = attempts(name, stage, setting(1), lambda _, __: Memory({"weights": 200 * GIB}, 0))
+        words = " ".join(attempt.words for attempt in tried)
+        assert "4bit" not in words
+        assert "8bit" not in words
+        assert ("engine: vllm" in words) == (name == "ppo")
 
 
 def test_advice_says_what_no_number_of_devices_changes() -> None:
