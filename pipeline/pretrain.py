@@ -22,10 +22,10 @@ from pipeline.data.sources import fingerprint, read_sources
 from pipeline.data.streaming import HubStream, StreamedBlocks
 from pipeline.evaluation.language import bits_per_byte, mean_loss, perplexity
 from pipeline.models.experts import set_router_loss
-from pipeline.models.loading import check_context_length, load_causal_lm, new_causal_lm, warn_of_switching_positions
+from pipeline.models.loading import check_batched_length, load_causal_lm, new_causal_lm
 from pipeline.models.tokenizer_training import train_bpe, with_roles
 from pipeline.models.tokenizers import assign_pad, load_tokenizer
-from pipeline.models.trials import isolates_packed_documents, require_causal
+from pipeline.models.trials import ONE_PER_BLOCK, isolates_packed_documents, require_causal
 from pipeline.training.identity import tokenizer_hashes
 from pipeline.training.lineage import verify_parent
 from pipeline.training.run import Run
@@ -72,8 +72,7 @@ def main(run: Run[PretrainArguments]) -> None:
     tokenizer = given or new_tokenizer(args, documents)
     if parent:
         model = load_causal_lm(parent.path)
-        check_context_length(model.config, args.block_tokens, "block_tokens")
-        warn_of_switching_positions(model.config, args.block_tokens, "block_tokens")
+        check_batched_length(model.config, args.block_tokens, "block_tokens")
     else:
         set_seed(args.seed)
         model = new_causal_lm(args.config_class, args.model_config, tokenizer, args.block_tokens)
@@ -82,9 +81,7 @@ def main(run: Run[PretrainArguments]) -> None:
     require_causal(model, args.parent or str(args.config_class))
     isolated = isolates_packed_documents(model)
     if not isolated:
-        logger.warning(
-            "pretrain: packing: documents that share a block would see each other in this model; one per block"
-        )
+        logger.warning("pretrain: packing: %s", ONE_PER_BLOCK)
 
     if stream:
         text = streamed_text(args, stream, documents[0], tokenizer, isolated)

@@ -28,7 +28,7 @@ from pipeline.data.sources import Source, fingerprint, read_sources, replace_rec
 from pipeline.data.splits import labeler_folds
 from pipeline.errors import UserError
 from pipeline.evaluation.reward_model import Truth, measure_reward_model, reward_metrics
-from pipeline.models.loading import check_context_length, disable_noise, warn_of_switching_positions
+from pipeline.models.loading import check_batched_length, disable_noise
 from pipeline.models.lora import lora_config
 from pipeline.models.reward_model import init_head, load_scalar_model, no_cache, set_offset
 from pipeline.models.tokenizers import complete_chat_model, load_tokenizer, template_identity
@@ -138,8 +138,7 @@ def main(run: Run[RewardArguments]) -> None:
 
 def prepare_model(model: Any, tokenizer: Any, *, new_head: bool, args: RewardArguments) -> ChatEncoder:
     """Complete an external parent, draw a new head, switch noise off; returns the encoder."""
-    check_context_length(model.config, args.max_tokens, "max_tokens")
-    warn_of_switching_positions(model.config, args.max_tokens, "max_tokens")
+    check_batched_length(model.config, args.max_tokens, "max_tokens")
     encoder, notes = complete_chat_model(tokenizer, model, args.chat_template, args.output_dir)
     if args.epochs > 1:
         notes.append(f"{args.epochs:.3g} epochs; comparisons overfit past the first (InstructGPT)")

@@ -23,10 +23,9 @@ from pipeline.data.stored_records import StoredRecords
 from pipeline.errors import UserError
 from pipeline.evaluation.language import mean_loss, perplexity
 from pipeline.models.loading import (
-    check_context_length,
+    check_batched_length,
     keep_router_logits_off,
     load_causal_lm,
-    warn_of_switching_positions,
 )
 from pipeline.models.lora import lora_config
 from pipeline.models.sharding import gathered
@@ -81,8 +80,7 @@ def main(run: Run[SFTArguments]) -> None:
     set_seed(args.seed)
     model = load_causal_lm(parent.path, args.quantization)
     require_causal(model, args.parent)
-    check_context_length(model.config, args.max_tokens, "max_tokens")
-    warn_of_switching_positions(model.config, args.max_tokens, "max_tokens")
+    check_batched_length(model.config, args.max_tokens, "max_tokens")
     encoder, notes = complete_chat_model(tokenizer, model, args.chat_template, args.output_dir)
     stop_ids = stop_token_ids(encoder, model.generation_config)
     set_stop_tokens(model, stop_ids)

@@ -206,10 +206,13 @@ def _depth(value: Any) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RecordError(f"key {shorten(twice)} stands twice; keep one")
+        raise RecordError(f"key {shorten(_repeated(name for name, _ in pairs))} stands twice; keep one")
     return row
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that stands twice, if one does."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -314,8 +317,7 @@ def _csv_rows(path: Path, separator: str) -> Iterator[FileRow]:
 
 def _csv_header(cells: list[str], path: Path) -> list[str]:
     names = [name.strip() for name in cells]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    if (twice := _repeated(names)) is not None:
         raise UserError(f"column {twice!r} stands twice in the header; keep one", file=path, line=1)
     if len(names) == 1 and ";" in names[0]:
         raise UserError("columns are separated by `;`; separate them by commas", file=path, line=1)
@@ -352,7 +354,7 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
     number = 0
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if twice := next((name for name, count in Counter(file.schema_arrow.names).items() if count > 1), None):
+        if (twice := _repeated(file.schema_arrow.names)) is not None:
             raise UserError(f"column {shorten(twice)} stands twice; keep one", file=path)
         for batch in file.iter_batches(1024):
             for row in batch.to_pylist():

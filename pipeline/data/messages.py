@@ -118,7 +118,7 @@ def refuse_written_list(text: str, name: str) -> None:
     Raises:
         RecordError: it is one; it would be trained on with its brackets and keys.
     """
-    if not _WRITTEN_LIST.match(text):
+    if not _WRITTEN_LIST.fullmatch(text):
         return
     for read in (json.loads, ast.literal_eval):
         try:
@@ -129,6 +129,7 @@ def refuse_written_list(text: str, name: str) -> None:
             isinstance(m, dict) and (m.keys() >= {"role", "content"} or m.keys() >= {"from", "value"}) for m in value
         ):
             raise RecordError(f"`{name}` is a list of messages written as text; give the list itself, in a .jsonl file")
+        return
 
 
 def parse_hh_turns(text: str, name: str) -> list[Message]:

@@ -12,10 +12,9 @@ from pipeline.errors import UserError
 from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.language_model import LanguageModel
 from pipeline.models.loading import (
-    check_context_length,
+    check_batched_length,
     checkpoint_activations,
     load_causal_lm,
-    warn_of_switching_positions,
 )
 from pipeline.models.lora import read_adapter
 from pipeline.models.networks import Networks, SeparateNetworks, SharedTrunkNetworks, zero_value
@@ -57,8 +56,7 @@ def build_networks(inputs: NetworkInputs, plan: DevicePlan, device: torch.device
     require_causal(policy, inputs.policy)
     require_rows(inputs.encoder.tokenizer, policy, inputs.policy)
     tokens = args.max_prompt_tokens + args.max_response_tokens
-    check_context_length(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
-    warn_of_switching_positions(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
+    check_batched_length(policy.config, tokens, "max_prompt_tokens + max_response_tokens")
     arrangements = {"separate": _separate, "shared_trunk": _shared_trunk, "adapters": _adapters}
     networks = arrangements[args.roles](inputs, policy, plan, device)
     takes_packed = [enable_packed_attention(model) for model in networks.models()]  # all are tried

@@ -270,11 +270,12 @@ def check_context_length(config: Any, tokens: int, key: str) -> None:
         )
 
 
-def warn_of_switching_positions(config: PreTrainedConfig, tokens: int, key: str) -> None:
-    """Warn where sequences of `tokens` may change the others of their batch.
+def check_batched_length(config: PreTrainedConfig, tokens: int, key: str) -> None:
+    """`check_context_length` of sequences that share batches, and a warning where long ones change the others.
 
     Phi-3's `longrope` takes its short or its long factors by the longest position of a forward pass, for all of its rows.
     """
+    check_context_length(config, tokens, key)
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") == "longrope" and original and tokens > original:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.data.collators import right_pad
-from pipeline.models.sizes import LENGTH_MULTIPLE, TOKEN_MULTIPLE, attention_savings_worth_a_group
+from pipeline.models.sizes import LENGTH_MULTIPLE, TOKEN_MULTIPLE, attention_savings_worth_a_group, round_up
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ class SequenceBatch:
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> SequenceBatch:
     """Sequences padded on the right, which causal models need no mask for."""
-    longest = _round_up(max(map(len, sequences)), LENGTH_MULTIPLE)
+    longest = round_up(max(map(len, sequences)), LENGTH_MULTIPLE)
     ids = F.pad(right_pad(sequences, pad_id), (0, longest - max(map(len, sequences))), value=pad_id)
     positions = torch.arange(longest).expand(len(sequences), -1)
     return SequenceBatch(ids, positions, torch.arange(len(sequences)) * longest)
@@ -84,13 +84,13 @@ def pack(sequences: Sequence[Sequence[int]], pad_id: int, min_saving: int | None
     starts = lengths.cumsum(0) - lengths
     total = int(lengths.sum())
     # Many tokens are rounded to an eighth of their power of two, which adds one in 28 on average.
-    whole = _round_up(total + 1, max(TOKEN_MULTIPLE, 2 ** (total.bit_length() - 4)))
+    whole = round_up(total + 1, max(TOKEN_MULTIPLE, 2 ** (total.bit_length() - 4)))
     ids = torch.tensor([[*(token for row in sequences for token in row), *([pad_id] * (whole - total))]])
     positions, unpad_index = torch.zeros(whole, dtype=torch.long), torch.empty(total, dtype=torch.long)
     groups, before = [], 0
     saving = attention_savings_worth_a_group("cpu") if min_saving is None else min_saving
     for bucket in length_buckets(lengths.tolist(), saving):
-        columns = torch.arange(_round_up(len(sequences[bucket[-1]]), LENGTH_MULTIPLE))
+        columns = torch.arange(round_up(len(sequences[bucket[-1]]), LENGTH_MULTIPLE))
         real = columns < lengths[bucket, None]
         index = torch.where(real, starts[bucket, None] + columns, whole - 1)
         positions[index[real]] = columns.expand_as(index)[real]
@@ -110,13 +110,9 @@ def length_buckets(lengths: Sequence[int], min_saving: int) -> list[list[int]]:
         return [part for half in halves for part in halve(half)]
 
     def scores(group: list[int]) -> int:
-        return len(group) * _round_up(lengths[group[-1]], LENGTH_MULTIPLE) ** 2
+        return len(group) * round_up(lengths[group[-1]], LENGTH_MULTIPLE) ** 2
 
     return halve(sorted(range(len(lengths)), key=lambda i: lengths[i]))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def model_inputs(batch: SequenceBatch) -> dict[str, Any]:

@@ -22,6 +22,10 @@ SCORING_TOKENS = 16384  # of one forward pass of a reward model
 _SAMPLING_ROWS = {"cpu": 1, "cuda": 8}
 
 
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
 def attention_savings_worth_a_group(device_type: str) -> int:
     return _MIN_SAVING.get(decides_as(device_type), _MIN_SAVING["cuda"])
 

@@ -58,6 +58,9 @@ def _switch_if_equal(model: Any) -> bool:
     return equal
 
 
+ONE_PER_BLOCK = "documents that share a block would see each other in this model; one per block"
+
+
 def isolates_packed_documents(model: Any) -> bool:
     """Whether documents that share a row, told apart by position ids that restart at 0, get the states that they get alone.
 

@@ -11,7 +11,7 @@ from pipeline.algorithms.logprobs import sample_tokens, tempered_logits
 from pipeline.algorithms.seeds import row_seed
 from pipeline.data.collators import right_pad
 from pipeline.models.shrink import small_copy
-from pipeline.models.sizes import sampling_row_multiple
+from pipeline.models.sizes import round_up, sampling_row_multiple
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ class CachedDecoder:
         batch = self.input_ids.new_zeros(len(self.mask))
         batch[self.rows] = tokens
         self.rows = self.rows[remaining]
-        kept = -(-len(self.rows) // self.multiple) * self.multiple
+        kept = round_up(len(self.rows), self.multiple)
         if self.drop_finished and kept < len(batch):
             finished = torch.ones_like(batch, dtype=torch.bool)
             finished[self.rows] = False

@@ -33,6 +33,7 @@ from pipeline.models.tokenizers import (
     stop_token_ids,
     template_identity,
 )
+from pipeline.models.trials import ONE_PER_BLOCK
 from pipeline.rollout.collect import Collector
 from pipeline.rollout.engine import LocalEngine, SamplingSettings
 from pipeline.rollout.evaluation import Evaluation
@@ -255,9 +256,7 @@ def prepare_pretraining(inputs: PPOInputs, collector: Collector) -> PretrainingT
     args, tokenizer = collector.args, inputs.encoder.tokenizer
     isolated = collector.networks.isolates_documents
     if not isolated:
-        logger.warning(
-            "ppo: ptx_datasets: documents that share a block would see each other in this model; one per block"
-        )
+        logger.warning("ppo: ptx_datasets: %s", ONE_PER_BLOCK)
     parts = []
     for source in inputs.ptx_sources:
         documents = encode_documents(source.records, tokenizer)

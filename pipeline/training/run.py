@@ -56,6 +56,7 @@ class Run(Generic[Arguments]):
         return got
 
     def leave_if_interrupted(self) -> None:
+        """End the stage after a signal; called in all processes."""
         if self.interrupted():
             self.leave_interrupted()
 

@@ -330,8 +330,7 @@ def train(trainer: Any, run: Run[Any]) -> list[int]:
     resumed = run.begin(checkpoint)
     trainer.stage_callback.resumed_from = checkpoint
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if run.interrupted():
-        run.leave_interrupted()
+    run.leave_if_interrupted()
     return resumed
 
 

@@ -14,12 +14,12 @@ from helpers.worlds import make_policy
 from pipeline.data.encoding import document_ids
 from pipeline.errors import UserError
 from pipeline.models.loading import (
+    check_batched_length,
     disable_noise,
     load_causal_lm,
     load_classifier,
     new_causal_lm,
     read_config,
-    warn_of_switching_positions,
 )
 from pipeline.models.reward_model import load_scalar_model, score_ids
 from pipeline.models.tokenizers import add_missing_rows, assign_pad, load_tokenizer, require_rows
@@ -330,7 +330,7 @@ def test_positions_that_switch_with_the_longest_sequence_are_said(caplog: pytest
     assert not torch.allclose(alone, beside, atol=1e-4)
     for tokens, said in ((16, False), (17, True)):
         caplog.clear()
-        warn_of_switching_positions(config, tokens, "max_tokens")
+        check_batched_length(config, tokens, "max_tokens")
         assert ("more than 16 tokens changes the positions" in caplog.text) == said
 
 

@@ -50,9 +50,7 @@ def test_samples_have_the_scores_of_the_mean(rule: str, policy: Path, tmp_path: 
 
 def write_judge(folder: Path, name: str, body: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.py").write_text(
-        f"import os, random, time\n\n\ndef score(prompts, responses, rows):\n    {body}\n"
-    )
+    (folder / f"{name}.py").write_text(f"import os, time\n\n\ndef score(prompts, responses, rows):\n    {body}\n")
     return f"{name}:score"
 
 
@@ -76,14 +74,9 @@ def test_a_judge_of_random_numbers_does_not_part_processes(policy: Path, tmp_pat
 
 def test_a_run_that_has_ended_does_not_train_on_after_a_kill(policy: Path, tmp_path: Path) -> None:
     """Killed in its last evaluation, after the checkpoint of the rollout that exceeded `stop_kl`."""
-    slow = write_judge(
-        tmp_path / "whole", "slow", "time.sleep(float(os.environ.get('SLOW', 0)))\n    return [0.0] * len(responses)"
-    )
-    write_judge(
-        tmp_path / "killed", "slow", "time.sleep(float(os.environ.get('SLOW', 0)))\n    return [0.0] * len(responses)"
-    )
+    slow = "time.sleep(float(os.environ.get('SLOW', 0)))\n    return [0.0] * len(responses)"
     changes: dict[str, Any] = {
-        "judges": [slow],
+        "judges": ["slow:score"],
         "stop_kl": 0.05,
         "learning_rate": 5e-5,
         "eval_rollouts": 1,
@@ -91,6 +84,7 @@ def test_a_run_that_has_ended_does_not_train_on_after_a_kill(policy: Path, tmp_p
         "total_rollouts": 30,
     }
     for name in ("whole", "killed"):
+        write_judge(tmp_path / name, "slow", slow)
         write_recipe(tmp_path / name, policy, "return float(response.count('b'))", **SMALL | changes)
     launch("ppo", ["--config", str(tmp_path / "whole" / "ppo.yaml")])
     whole = lineage(tmp_path / "whole" / "out")

@@ -26,8 +26,11 @@ from transformers import OPTConfig, OPTForCausalLM
 @pytest.fixture(scope="module")
 def parent(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a chat template, as from somebody else."""
-    folder = tmp_path_factory.mktemp("parent")
-    make_lm("llama", tokenizer).save_pretrained(folder)
+    return save_parent(make_lm("llama", tokenizer), tokenizer, tmp_path_factory.mktemp("parent"))
+
+
+def save_parent(model: Any, tokenizer: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
     with_template = copy.deepcopy(tokenizer)
     with_template.chat_template = ROLE_TEMPLATE
     with_template.save_pretrained(folder)
@@ -151,10 +154,9 @@ def test_a_turn_that_is_not_to_be_learnt_has_no_label(parent: Path, tmp_path: Pa
     assert "Go away." in tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_packed_documents_that_would_see_each_other_are_kept_apart(stage: str, tokenizer: Any, tmp_path: Path) -> None:
-    """OPT takes its positions from the attention mask. Its packed SFT is its unpacked one, and text for PPO-ptx has a row each."""
-    folder = tmp_path / "parent"
+@pytest.fixture
+def opt(tokenizer: Any, tmp_path: Path) -> Path:
+    """It takes its positions from the attention mask, so documents that share a row see each other."""
     sizes = {
         "hidden_size": 16,
         "ffn_dim": 32,
@@ -164,28 +166,29 @@ def test_packed_documents_that_would_see_each_other_are_kept_apart(stage: str, t
     }
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     torch.manual_seed(0)
-    OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes, **ids)).save_pretrained(
-        folder
-    )
-    with_template = copy.deepcopy(tokenizer)
-    with_template.chat_template = ROLE_TEMPLATE
-    with_template.save_pretrained(folder)
-    if stage == "sft":
-        data = [{"path": write(tmp_path / "rows.jsonl", demonstrations(40))}]
-        losses = []
-        for packing in (True, False):
-            (tmp_path / str(packing)).mkdir()
-            common = {"parent": str(folder), "packing": packing, "max_tokens": 64, "logging_steps": 1}
-            _, log = run("sft", tmp_path / str(packing), data, **common)
-            assert ("see each other" in log) == packing
-            losses.append([row["loss"] for row in history.read(tmp_path / str(packing) / "out") if "loss" in row])
-        assert losses[0] == losses[1]
-        return
+    config = OPTConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes, **ids)
+    return save_parent(OPTForCausalLM(config), tokenizer, tmp_path / "parent")
+
+
+def test_packed_examples_that_would_see_each_other_get_a_row_each(opt: Path, tmp_path: Path) -> None:
+    """SFT with packing is then SFT without it."""
+    data = [{"path": write(tmp_path / "rows.jsonl", demonstrations(40))}]
+    losses = []
+    for packing in (True, False):
+        (tmp_path / str(packing)).mkdir()
+        common = {"parent": str(opt), "packing": packing, "max_tokens": 64, "logging_steps": 1}
+        _, log = run("sft", tmp_path / str(packing), data, **common)
+        assert ("see each other" in log) == packing
+        losses.append([row["loss"] for row in history.read(tmp_path / str(packing) / "out") if "loss" in row])
+    assert losses[0] == losses[1]
+
+
+def test_text_for_ptx_that_would_see_its_neighbours_gets_a_block_each(opt: Path, tmp_path: Path) -> None:
     write(tmp_path / "prompts.jsonl", [{"prompt": f"Kettle {n}?"} for n in range(8)])
     texts = write(tmp_path / "text.jsonl", [{"text": f"Sorry for kettle {n}. " * (1 + n % 3)} for n in range(40)])
     ptx = {"ptx_coef": 1.0, "ptx_datasets": [{"path": texts}], "ptx_block_tokens": 64, "max_prompt_tokens": 32}
     pretraining = with_training(
-        tmp_path / "run", folder, "return 0.0", lambda training, _: training.learner.pretraining, **ptx
+        tmp_path / "run", opt, "return 0.0", lambda training, _: training.learner.pretraining, **ptx
     )
     assert pretraining is not None
     assert not pretraining.isolated
