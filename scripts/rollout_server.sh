@@ -16,6 +16,7 @@ port=${2:-8000}
 shift $(($# > 1 ? 2 : 1))
 python=${PYTHON:-python3}
 export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}
+case " $* " in *" --enable-lora "*) export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 ;; esac # adapters are loaded while it runs
 more=()
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2} # GiB

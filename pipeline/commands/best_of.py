@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-response-tokens", type=int, default=64, help="longest response")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument(
+        "--engine-url", metavar="URL", help="a vLLM server that samples (docs/engines.md); default: this process"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
             max_response_tokens=args.max_response_tokens,
             temperature=args.temperature,
             seed=args.seed,
+            engine_url=args.engine_url,
         )
     )
     return 0

@@ -19,6 +19,7 @@ from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, requ
 from pipeline.rollout.best_of_n import best_of_n
 from pipeline.rollout.engine import LocalEngine, SamplingSettings
 from pipeline.rollout.rewards import ScoringSetup, build_scorer
+from pipeline.rollout.vllm_folders import ServedFolders
 
 import torch
 
@@ -35,18 +36,20 @@ class BestOfOptions:
     max_response_tokens: int = 64
     temperature: float = 1.0
     seed: int = 0
+    engine_url: str | None = None
 
 
 def write_demonstrations(options: BestOfOptions) -> int:
     """Write each prompt with its best finished response; returns how many.
 
     Raises:
-        UserError: no such model, reward or file; `output` exists already; no response ended.
+        UserError: no such model, reward, file or server; `output` exists already; no response ended.
     """
     target = Path(options.output)
     if target.exists():
         raise UserError(f"--output {options.output!r} exists; nothing was overwritten, name another file")
     records = read_records(Path(options.prompts), PARSERS["prompt"])
+    served = ServedFolders.connect(options.engine_url) if options.engine_url else None
     tokenizer = load_tokenizer(options.policy)
     require_pad(tokenizer, options.policy)
     encoder = ChatEncoder(tokenizer)
@@ -54,15 +57,14 @@ def write_demonstrations(options: BestOfOptions) -> int:
     model: Any = load_causal_lm(options.policy).eval()
     model.to(device)
     stop_ids = stop_token_ids(encoder, model.generation_config)
-    engine = LocalEngine(
-        SamplingSettings(
-            max_new_tokens=options.max_response_tokens,
-            stop_ids=stop_ids,
-            forbidden_ids=forbidden_token_ids(tokenizer, model.get_output_embeddings().weight.shape[0], stop_ids),
-            pad_id=tokenizer.pad_token_id,
-            temperature=options.temperature,
-        )
+    settings = SamplingSettings(
+        max_new_tokens=options.max_response_tokens,
+        stop_ids=stop_ids,
+        forbidden_ids=forbidden_token_ids(tokenizer, model.get_output_embeddings().weight.shape[0], stop_ids),
+        pad_id=tokenizer.pad_token_id,
+        temperature=options.temperature,
     )
+    engine = served.engine(Path(options.policy), tokenizer, settings) if served else LocalEngine(settings)
     scorer = build_scorer(options.reward, ScoringSetup(encoder, device, stop_ids))
     best = best_of_n(engine, model, encoder, scorer, records, n=options.n, seed=options.seed, finished_first=True)
     texts = encoder.texts(best.response_ids)

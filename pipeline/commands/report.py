@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a model outside the run that answers, too; may be given again",
     )
     add("--best-of", type=int, default=8, metavar="N", help="reference point beside PPO: best of N; 0: none")
+    add(
+        "--engine-url",
+        metavar="URL",
+        help="a vLLM server that samples the answers (docs/engines.md); default: this process",
+    )
     add = parser.add_argument_group("further measurements").add_argument
     add("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval tasks of every stage")
     add("--tasks-path", metavar="DIR", help="folder of task files of your own")
@@ -68,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         tasks=args.tasks,
         tasks_path=args.tasks_path,
         watts=args.watts,
+        engine_url=args.engine_url,
     )
     write_report(args.run_dir, options)
     return 0

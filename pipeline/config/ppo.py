@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import urlsplit
 
+from pipeline.config.engine import check_engine
 from pipeline.config.keys import key
 from pipeline.config.rewards import RewardSource
 from pipeline.config.stage import StageArguments
@@ -13,7 +13,6 @@ from pipeline.config.trainer import LoraOptions
 from pipeline.data.entries import DatasetEntry
 
 Schedule = Literal["linear", "constant", "cosine"]
-MAX_SERVER_TEMPERATURE = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,16 +223,7 @@ class PPOArguments(StageArguments):
             return
         if self.engine_url is None:
             raise ValueError("engine: vllm needs the server's address, e.g. engine_url: http://localhost:8000")
-        address = urlsplit(self.engine_url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(f"engine_url: {self.engine_url!r} is no address; write http://HOST:PORT")
-        if address.username or address.password or address.query:
-            raise ValueError("engine_url: no keys in an address, it is written into the run's lineage")
-        if self.temperature > MAX_SERVER_TEMPERATURE:
-            raise ValueError(
-                f"engine: vllm forbids tokens by a bias of -100 on their logits, which a temperature of {self.temperature:g} "
-                f"weakens; take at most {MAX_SERVER_TEMPERATURE:g}, or `engine: local`"
-            )
+        check_engine(self.engine_url, self.temperature)
 
     def _check_evaluation(self) -> None:
         if (self.best_metric or self.stop_kl is not None) and self.eval_rollouts is None:

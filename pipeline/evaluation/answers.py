@@ -16,6 +16,7 @@ from pipeline.models.precision import accelerator_type
 from pipeline.models.tokenizers import forbidden_token_ids, load_tokenizer, stop_token_ids
 from pipeline.rollout.engine import LocalEngine, SamplingSettings, per_row_uniforms
 from pipeline.rollout.rewards import Answers
+from pipeline.rollout.vllm_folders import Engine, ServedFolders
 
 import numpy as np
 import torch
@@ -55,11 +56,11 @@ class Sampler:
 
     model: Any
     encoder: ChatEncoder
-    settings: SamplingSettings
+    engine: Engine
 
     @property
-    def engine(self) -> LocalEngine:
-        return LocalEngine(self.settings)
+    def settings(self) -> SamplingSettings:
+        return self.engine.settings
 
 
 def sampling_settings(model: Any, encoder: ChatEncoder, ppo_recipe: dict[str, Any]) -> SamplingSettings:
@@ -76,15 +77,20 @@ def sampling_settings(model: Any, encoder: ChatEncoder, ppo_recipe: dict[str, An
     )
 
 
-def load_sampler(folder: Path, ppo_recipe: dict[str, Any]) -> Sampler:
+def load_sampler(folder: Path, ppo_recipe: dict[str, Any], served: ServedFolders | None = None) -> Sampler:
     """Load a stage's model.
+
+    Args:
+        served: samples in place of this process.
 
     Raises:
         UserError: no model, no template, or weights that are not finite.
     """
     encoder = ChatEncoder(load_tokenizer(str(folder)))
     model = load_finite_model(folder)
-    return Sampler(model, encoder, sampling_settings(model, encoder, ppo_recipe))
+    settings = sampling_settings(model, encoder, ppo_recipe)
+    engine = LocalEngine(settings) if served is None else served.engine(folder, encoder.tokenizer, settings)
+    return Sampler(model, encoder, engine)
 
 
 def load_finite_model(folder: Path) -> Any:

@@ -29,6 +29,7 @@ from pipeline.planning.devices import energy
 from pipeline.rollout.best_of_n import best_of_each, best_of_n, kl_bound
 from pipeline.rollout.rewards import Answers, judge_labels
 from pipeline.rollout.rewards import Scores as RewardScores
+from pipeline.rollout.vllm_folders import ServedFolders, ServerLost
 from pipeline.training.json_files import write_json
 
 import torch
@@ -52,13 +53,18 @@ class ReportOptions:
     tasks: Sequence[str] = ()
     tasks_path: str | None = None
     watts: float | None = None
+    engine_url: str | None = None
 
 
 @dataclass
 class Measured:
-    """Answers of every model to the prompts, and every judge's scores of them, by model."""
+    """Answers of every model to the prompts, and every judge's scores of them, by model.
+
+    served: the server that samples, if one does.
+    """
 
     prompts: list[Record]
+    served: ServedFolders | None = None
     answers: dict[str, ModelAnswers] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
 
@@ -76,11 +82,12 @@ def write_report(run_dir: str, options: ReportOptions | None = None) -> Path:
     """
     options = options or ReportOptions()
     llm = judge_from(options.llm_judge, options.llm_judge_model) if options.llm_judge else None
+    served = ServedFolders.connect(options.engine_url) if options.engine_url else None
     if options.tasks:
         require_lm_eval()
     run = read_run(Path(run_dir), options.data_root)
     panel = build_panel(run, options.judges, options.recipe_dir)
-    measured = Measured(held_out_prompts(run, options.prompts_file, options.num_prompts, options.data_root))
+    measured = Measured(held_out_prompts(run, options.prompts_file, options.num_prompts, options.data_root), served)
     outside = _answer_and_judge(run, panel, measured, options.against)
     best = _best_of(run, panel, measured, options.best_of)
     curve = reward_kl_curve(run.path)
@@ -92,6 +99,7 @@ def write_report(run_dir: str, options: ReportOptions | None = None) -> Path:
         "stages": {name: _stage_metrics(name, lineage) for name, lineage in run.lineages.items()},
         "seconds": {name: lineage["seconds"] for name, lineage in run.lineages.items()},
         "prompts": len(measured.prompts),
+        "engine": {"engine": "local"} if served is None else served.facts(),
         "judges": {"independent": independent + ([llm.label] if llm else []), "meaning": _meanings(run, panel)},
         "win_rates": [
             *[row for row in compared if row["prompts"]],
@@ -139,7 +147,9 @@ def _answer_and_judge(run: RunFolder, panel: JudgePanel, measured: Measured, aga
         return {}
     for name, place in {**{s: run.path / s for s in ANSWERING if s in run.lineages}, **outside}.items():
         try:  # one stage that cannot answer (no chat template, say) is a note, not the end of the report
-            answers = sample_answers(load_sampler(place, run.recipe("ppo")), measured.prompts)
+            answers = sample_answers(load_sampler(place, run.recipe("ppo"), measured.served), measured.prompts)
+        except ServerLost:  # a report without the answers of the rest would replace a whole one
+            raise
         except UserError as error:
             run.note(f"{name}: does not answer here: {error}")
             continue
@@ -158,7 +168,7 @@ def _best_of(run: RunFolder, panel: JudgePanel, measured: Measured, n: int) -> d
     by = next((name for name in (REWARD, REWARD_MODEL) if name in measured.scores.get("sft", {})), None)
     if n < 2 or by is None:
         return None
-    sampler = load_sampler(run.path / "sft", run.recipe("ppo"))
+    sampler = load_sampler(run.path / "sft", run.recipe("ppo"), measured.served)
     draws: list[Scores] = []
 
     def score(drawn: Answers) -> RewardScores:

@@ -190,7 +190,7 @@ class AdapterNetworks(Networks):
         self.head.load_state_dict(state["value_head"])
 
     def save_policy(self, folder: Path) -> None:
-        self._save_adapter(folder, POLICY)
+        self.save_adapter(folder)
         if first_process():
             _merged(folder, load_causal_lm(self.base_path)).save_pretrained(folder)
 
@@ -199,7 +199,7 @@ class AdapterNetworks(Networks):
             load_causal_lm(self.base_path).save_pretrained(folder)
 
     def save_value(self, folder: Path) -> None:
-        self._save_adapter(folder, "value")
+        self.save_adapter(folder, "value")
         head = whole(self.head.weight)
         if not first_process():
             return
@@ -209,12 +209,17 @@ class AdapterNetworks(Networks):
         set_offset(merged, self.offset)
         merged.save_pretrained(folder)
 
-    def _save_adapter(self, folder: Path, adapter: str) -> None:
-        """`adapter/` of a folder; called by every process, written by the first."""
-        state = whole_state_dict(self.peft.state_dict()) if self.sharded else None
+    def save_adapter(self, folder: Path, adapter: str = POLICY) -> None:
+        """An adapter alone, as `adapter/` of a folder; called by every process, written by the first."""
+        state = None
+        if self.sharded:  # this adapter's parts alone: the base need not be gathered
+            own = {name: part for name, part in self.peft.state_dict().items() if f".{adapter}." in name}
+            state = whole_state_dict(own)
         if not first_process():
             return
-        self.peft.save_pretrained(str(folder / "adapter"), selected_adapters=[adapter], state_dict=state)
+        self.peft.save_pretrained(
+            str(folder / "adapter"), selected_adapters=[adapter], state_dict=state, save_embedding_layers=False
+        )
         nested = folder / "adapter" / adapter  # peft gives every adapter but `default` a folder of its own
         if nested.is_dir():
             for file in nested.iterdir():

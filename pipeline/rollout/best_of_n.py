@@ -12,8 +12,9 @@ from typing import Any
 
 from pipeline.data.encoding import ChatEncoder
 from pipeline.data.records import Record
-from pipeline.rollout.engine import LocalEngine, per_row_uniforms
+from pipeline.rollout.engine import per_row_uniforms
 from pipeline.rollout.rewards import Answers, Scores
+from pipeline.rollout.vllm_folders import Engine
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def best_of_each(judge: Tensor, proxy: Tensor) -> list[float]:
 
 @torch.no_grad()
 def best_of_n(
-    engine: LocalEngine,
+    engine: Engine,
     model: Any,
     encoder: ChatEncoder,
     scorer: Callable[[Answers], Scores],

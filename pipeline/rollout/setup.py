@@ -49,6 +49,7 @@ from pipeline.rollout.rewards import (
     part_names,
 )
 from pipeline.rollout.vllm_engine import MOST_CONNECTIONS, VLLMEngine, check_server
+from pipeline.rollout.vllm_probe import Probe
 from pipeline.rollout.vllm_server import VLLMServer
 from pipeline.training.identity import tokenizer_hashes
 from pipeline.training.json_files import write_json
@@ -165,7 +166,7 @@ def prepare_collector(inputs: PPOInputs, run: Run[PPOArguments]) -> Collector:
     """Networks, engine and scorer on the device."""
     args, encoder, device = run.args, inputs.encoder, inputs.accelerator.device
     plan = device_plan(device.type, args.precision)
-    server = _checked_server(inputs, run) if args.engine == "vllm" else None
+    server, takes_adapters = _checked_server(inputs, run) if args.engine == "vllm" else (None, False)
     networks = build_networks(
         NetworkInputs(
             args=args,
@@ -208,7 +209,7 @@ def prepare_collector(inputs: PPOInputs, run: Run[PPOArguments]) -> Collector:
         offloaded={} if args.offload == "none" else _offload(networks, scorer, device),
     )
     _set_generation_config(collector)  # before a server is sent the policy: the parent's may be one that is not saved
-    return collector if server is None else _sampling_on(server, collector, inputs, run)
+    return collector if server is None else _sampling_on(server, collector, inputs, run, takes_adapters=takes_adapters)
 
 
 def _offload(networks: Networks, scorer: Scorer, device: torch.device) -> dict[str, OffloadedTensors]:
@@ -222,27 +223,46 @@ def _offload(networks: Networks, scorer: Scorer, device: torch.device) -> dict[s
     return {name: offloaded_networks(parts) for name, parts in frozen.items()}
 
 
-def _checked_server(inputs: PPOInputs, run: Run[PPOArguments]) -> VLLMServer:
+def _checked_server(inputs: PPOInputs, run: Run[PPOArguments]) -> tuple[VLLMServer, bool]:
+    """The recipe's server, and whether adapters are sent to it alone.
+
+    Raises:
+        UserError: it cannot sample for this recipe.
+    """
     args = run.args
     server = VLLMServer(args.engine_url or "", min(args.generation_rows, MOST_CONNECTIONS))
-    tokens = args.max_prompt_tokens + args.max_response_tokens
-    server.name = run.processes.from_main(lambda: check_server(server, inputs.encoder.tokenizer, tokens)).name
-    return server
+    tokens, limits = args.max_prompt_tokens + args.max_response_tokens, "max_prompt_tokens + max_response_tokens"
+    served = run.processes.from_main(
+        lambda: check_server(server, inputs.encoder.tokenizer, tokens, limits, "the parent")
+    )
+    server.name = served.name
+    rank = args.lora.r if args.roles == "adapters" and args.lora else 0
+    if served.lora_rank and rank > served.lora_rank:
+        raise UserError(
+            f"engine_url {server.url}: its --max-lora-rank of {served.lora_rank} is below `lora: r: {rank}`; raise it, or start it "
+            "without --enable-lora"
+        )
+    if rank and not served.lora_rank:
+        logger.warning("ppo: the server takes no adapters (--enable-lora); the whole policy is sent after each update")
+    return server, bool(rank and served.lora_rank)
 
 
-def _sampling_on(server: VLLMServer, collector: Collector, inputs: PPOInputs, run: Run[PPOArguments]) -> Collector:
+def _sampling_on(
+    server: VLLMServer, collector: Collector, inputs: PPOInputs, run: Run[PPOArguments], *, takes_adapters: bool
+) -> Collector:
     """The same collector, whose policy samples on a server."""
-    args = collector.args
+    args, networks = collector.args, collector.networks
     engine = VLLMEngine(
         server=server,
         settings=collector.engine.settings,
-        networks=collector.networks,
+        networks=networks,
         processes=collector.processes,
         device=collector.device,
         folder=Path(args.engine_weights or Path(args.output_dir) / "engine").absolute(),
-        probe=inputs.prompts.of_rollout(0, args.prompts_per_rollout, args.seed)[0].ids,
+        probe=Probe(server, inputs.prompts.of_rollout(0, args.prompts_per_rollout, args.seed)[0].ids),
         precision="bf16" if collector.plan.bf16 else "fp32",
         wait=args.engine_wait,
+        adapters=networks if takes_adapters and isinstance(networks, AdapterNetworks) else None,
         reference=collector.offloaded.get("reference", nullcontext()),
         leave_if_interrupted=run.leave_if_interrupted,
     )

@@ -1,7 +1,8 @@
 """Samples responses on a vLLM server that holds a copy of the policy's weights, or of the reference's (docs/engines.md).
 
 The weights go through a folder that trainer and server share: each version is written under a name of its own, loaded, and compared
-on a probe prompt. A server that restarts in between has the weights that it started with; the probe shows it, and they are sent again.
+on a probe prompt. Of adapters on a base, the base is sent once, and then the adapter alone, where the server takes it. A server that
+restarts in between has the weights that it started with; the probe shows it, and they are sent again.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.models.adapter_networks import AdapterNetworks
 from pipeline.models.networks import Networks, response_batch
 from pipeline.models.sharding import local
 from pipeline.rollout.alarms import DRIFT
 from pipeline.rollout.engine import SampledResponse, SamplingSettings
+from pipeline.rollout.vllm_probe import SAME, Probe, check_drift
 from pipeline.rollout.vllm_server import PAGE, START, ServedModel, ServerFailure, VLLMServer
 from pipeline.training.identity import PROBES
 from pipeline.training.processes import Processes
@@ -31,19 +33,17 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger("pipeline.ppo")
-PROBE_TOKENS, PROBE_SEED = 16, 0
-SAME = 1e-3  # nats per token between two answers of one server with the same weights
 KEPT = 2  # versions of the weights: the newest, and the one that a slow reader may still have open
 MOST_CONNECTIONS = 256
 PAUSE = 2.0  # seconds between two questions whether the server is back
 VERSION = re.compile(r"weights-(\d{6})")
 
 
-def check_server(server: VLLMServer, tokenizer: Any, tokens: int) -> ServedModel:
-    """Look at a server before any model is loaded.
+def check_server(server: VLLMServer, tokenizer: Any, tokens: int, limits: str, whose: str) -> ServedModel:
+    """Look at a server before it is sent weights.
 
     Args:
-        tokens: of a prompt and its response at most.
+        tokens: of a prompt and its response at most. limits: what they are, and whose: what has the tokenizer, for errors.
 
     Raises:
         UserError: none answers, it is no vLLM, takes no weights, or serves a model of other tokens or a shorter context.
@@ -56,15 +56,15 @@ def check_server(server: VLLMServer, tokenizer: Any, tokens: int) -> ServedModel
         raise UserError(f"engine_url {server.url}: no answer ({failure}); start the server by {START}") from None
     if model.context < tokens:
         raise UserError(
-            f"engine_url {server.url}: its context of {model.context} tokens is less than max_prompt_tokens + "
-            f"max_response_tokens ({tokens}); start it with --max-model-len {tokens} or lower them"
+            f"engine_url {server.url}: its context of {model.context} tokens is less than {limits} ({tokens}); start it with "
+            f"--max-model-len {tokens} or more"
         )
     if others:
         raise UserError(
-            f"engine_url {server.url}: model {model.name!r} has another tokenizer than the parent (tried on {others[0]!r}); "
-            "serve the parent's folder"
+            f"engine_url {server.url}: model {model.name!r} has another tokenizer than {whose} (tried on {others[0]!r}); "
+            "serve that folder"
         )
-    logger.info("ppo: vLLM %s at %s samples, model %r", model.version, server.url, model.name)
+    logger.info("vLLM %s at %s samples, model %r", model.version, server.url, model.name)
     return model
 
 
@@ -80,9 +80,10 @@ class VLLMEngine:
 
     Attributes:
         folder: of the weights' versions, seen by the server under the same path.
-        probe: prompt on which trainer and server are compared.
+        probe: on its prompt trainer and server are compared.
         precision: "fp32" or "bf16", of the trainer's passes.
         wait: seconds that a server which fails may stay away.
+        adapters: the networks, where their policy's adapter is sent alone; the reference is the base, which is sent once.
         reference: the reference is on the device inside `with` only (see `models.offload`).
         leave_if_interrupted: ends the run after a signal, in all processes; called while the server is waited for.
     """
@@ -93,14 +94,14 @@ class VLLMEngine:
     processes: Processes
     device: torch.device
     folder: Path
-    probe: list[int]
+    probe: Probe
     precision: str
     wait: float
+    adapters: AdapterNetworks | None
     reference: AbstractContextManager[None]
     leave_if_interrupted: Callable[[], None]
     _sent: list[float] | None = None  # sums of the weights that the server has; None: unknown
-    _probe_ids: list[int] = field(default_factory=list)  # the probe and its response
-    _probe_logprobs: list[float] = field(default_factory=list)  # of these, as the server computed them after loading
+    _loaded: set[str] = field(default_factory=set)  # kinds of weights that the server has taken before
 
     @property
     def takes_reference(self) -> bool:
@@ -150,17 +151,30 @@ class VLLMEngine:
             sums = _sums(self._parameters(network))
         if not self.processes.any(sums != self._sent):
             return None
+        needed = [network]
+        if self.adapters is not None:  # what an earlier run left on the server may be another base
+            needed = [*(["reference"] if self._sent is None else []), *(["adapter"] if network == "policy" else [])]
+        self.server.with_adapter = "adapter" in needed
         with self.reference:  # comparing measures it too
-            newest = self.processes.from_main(self._next_version)
-            writing = newest.with_suffix(".part")
-            save = self.networks.save_policy if network == "policy" else self.networks.save_reference
-            save(writing)
-            failure, response = self.processes.from_main(lambda: self._load(writing, newest))
+            for what in needed:
+                newest = self.processes.from_main(self._next_version)
+                self._write(what, newest.with_suffix(".part"))
+                if failure := self.processes.from_main(partial(self._load, what, newest)):
+                    return failure
+            failure, response = self.processes.from_main(self._ask_probe)
             if response is None:
                 return failure
             self._compare(response, network)
         self._sent = sums
         return None
+
+    def _write(self, what: str, folder: Path) -> None:
+        if what == "adapter" and self.adapters is not None:
+            self.adapters.save_adapter(folder)
+        elif what == "policy":
+            self.networks.save_policy(folder)
+        else:
+            self.networks.save_reference(folder)
 
     def _parameters(self, network: str) -> list[torch.nn.Parameter]:
         """Those by which the weights of a network are told from others that were sent; of the base of adapters, none."""
@@ -180,20 +194,27 @@ class VLLMEngine:
     def _versions(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("weights-*") if VERSION.fullmatch(path.name))
 
-    def _load(self, writing: Path, newest: Path) -> tuple[str | None, SampledResponse | None]:
-        """Publish a version, have it loaded, and ask the probe; returns why that failed, or the probe's response."""
-        writing.rename(newest)  # whole or not there
+    def _load(self, what: str, newest: Path) -> str | None:
+        """Publish a version and have it loaded; returns why that failed."""
+        newest.with_suffix(".part").rename(newest)  # whole or not there
         for old in self._versions()[:-KEPT]:
             shutil.rmtree(old)
-        settings = replace(self.settings, max_new_tokens=min(PROBE_TOKENS, self.settings.max_new_tokens))
+        first = what not in self._loaded
         try:
-            self.server.load_weights(newest)
-            response = self.server.sample(self.probe, PROBE_SEED, settings)
-            self._probe_ids = [*self.probe, *response.ids[:-1]]
-            self._probe_logprobs = self.server.logprobs(self._probe_ids)
+            if what == "adapter":
+                self.server.load_adapter(newest / "adapter", for_the_first_time=first)
+            else:
+                self.server.load_weights(newest, for_the_first_time=first)
+        except ServerFailure as failure:
+            return str(failure)
+        self._loaded.add(what)
+        return None
+
+    def _ask_probe(self) -> tuple[str | None, SampledResponse | None]:
+        try:
+            return None, self.probe.ask(self.settings)
         except ServerFailure as failure:
             return str(failure), None
-        return None, response
 
     def _compare(self, response: SampledResponse, network: str) -> None:
         """
@@ -201,7 +222,7 @@ class VLLMEngine:
             UserError: trainer and server give the probe's response other log-probabilities.
         """
         batch = response_batch(
-            [self.probe],
+            [self.probe.prompt],
             [response.ids],
             pad_id=self.settings.pad_id,
             packed=self.networks.packed,
@@ -210,14 +231,14 @@ class VLLMEngine:
         )
         measured = self.networks.compute_logprobs_and_values(batch, with_values=False)
         logprobs = measured.logprobs if network == "policy" else measured.ref_logprobs
+        limit, what = DRIFT[self.precision], f"the {network}'s weights"
+        if (
+            self.server.with_adapter and self.precision == "fp32"
+        ):  # a server that ignores an adapter is off by its effect
+            effect = (measured.logprobs - measured.ref_logprobs).abs().mean().item()
+            limit, what = min(limit, max(SAME, effect / 2)), "the policy's adapter"
         drift = (logprobs.cpu() - torch.tensor(response.logprobs)).abs().mean().item()
-        limit = DRIFT[self.precision]
-        if not drift <= limit:
-            raise UserError(
-                f"engine_url {self.server.url}: after loading the {network}'s weights its log-probabilities differ from the "
-                f"trainer's by {drift:.2g} nats per token (at most {limit:g}): another model, another --dtype than the trainer's "
-                f"{self.precision}, or no --logprobs-mode processed_logprobs; start it by {START}"
-            )
+        check_drift(drift, limit, what, self.server)
 
     # -------------------------------------------------------------------------------------------- responses
 
@@ -229,7 +250,8 @@ class VLLMEngine:
 
         def ask() -> list[str]:
             try:
-                responses.extend(self._ask_all(prompt_ids, uniforms))
+                seeds = request_seeds(uniforms, len(prompt_ids))
+                responses.extend(self.server.sample_all(prompt_ids, seeds, self.settings))
             except ServerFailure as failure:
                 return [str(failure)]
             return []
@@ -238,29 +260,12 @@ class VLLMEngine:
         failure = failures[0] if failures else self.processes.from_main(self._lost)
         return responses, failure
 
-    def _ask_all(self, prompt_ids: Sequence[Sequence[int]], uniforms: Tensor | None) -> list[SampledResponse]:
-        with ThreadPoolExecutor(self.server.connections) as pool:
-            seeds = [None] * len(prompt_ids) if uniforms is None else [request_seed(row) for row in uniforms]
-            asked = [
-                pool.submit(self.server.sample, ids, seed, self.settings)
-                for ids, seed in zip(prompt_ids, seeds, strict=True)
-            ]
-            try:
-                return [response.result() for response in asked]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
     def _lost(self) -> str | None:
         """Why the server's weights are no longer those that were sent, if so."""
         try:
-            logprobs = self.server.logprobs(self._probe_ids)
+            return self.probe.lost()
         except ServerFailure as failure:
             return str(failure)
-        apart = (torch.tensor(logprobs) - torch.tensor(self._probe_logprobs)).abs()
-        if apart.numel() and not apart.mean().item() <= SAME:
-            return "it answers with other weights than it was sent, so it restarted"
-        return None
 
     def _is_back(self, failure: str, until: float) -> bool:
         """Whether the server answers, after a pause.
@@ -277,9 +282,9 @@ class VLLMEngine:
         return self.server.answers()
 
 
-def request_seed(uniforms: Tensor) -> int:
-    """The seed of a request from its row's uniform numbers, which depend on the rollout's seed and the row alone."""
-    return int(uniforms[0].item() * 2**53)
+def request_seeds(uniforms: Tensor | None, prompts: int) -> list[int | None]:
+    """A seed per prompt from its row's uniform numbers, which depend on the rollout's seed and the row alone."""
+    return [None] * prompts if uniforms is None else [int(row[0].item() * 2**53) for row in uniforms]
 
 
 def _sums(parameters: Sequence[torch.nn.Parameter]) -> list[float]:

@@ -188,7 +188,7 @@ def test_other_servers_are_refused_before_anything_is_sampled(
         "context of 10 tokens is less than max_prompt_tokens + max_response_tokens (12)": FakeVLLM(policy, context=10),
         "has another tokenizer than the parent": FakeVLLM(make_policy(tmp_path / "letters" / "sft", "hgfedcba")),
         "does not load the weights": FakeVLLM(make_policy(tmp_path / "large" / "sft", "abcdefgh", layers=2)),
-        "differ from the trainer's by": FakeVLLM(make_policy(tmp_path / "seed" / "sft", "abcdefgh", 1), reload_works=False),
+        "differ from those computed here by": FakeVLLM(make_policy(tmp_path / "seed" / "sft", "abcdefgh", 1), reload_works=False),
     }  # fmt: skip
     for number, (words, fake) in enumerate(others.items()):
         with served(fake) as url:
@@ -228,6 +228,65 @@ def test_adapters_are_sent_merged(policy: Path, tmp_path: Path) -> None:
     assert max(row["sampling_drift"] for row in rows if "sampling_drift" in row) < 1e-4
     assert len(fake.loads) == 3 + 1, "the base too, whose responses the evaluation compares with"
     assert json.loads((tmp_path / "run" / "out" / "lineage.json").read_text())["status"] == "complete"
+
+
+def test_an_adapter_is_sent_alone_to_a_server_that_takes_adapters(policy: Path, tmp_path: Path) -> None:
+    """After the base, which is sent once and is the reference."""
+    fake = FakeVLLM(policy, lora_rank=8)
+    before = [p.clone() for p in fake.model.parameters()]
+    changes = {**SMALL, "roles": "adapters", "lora": {"r": 4, "alpha": 8}}
+    with served(fake) as url:
+        record = train(tmp_path / "run", policy, REWARD, **changes, engine_url=url)
+    rows = history.read(tmp_path / "run" / "out")
+    assert max(row["sampling_drift"] for row in rows if "sampling_drift" in row) < 1e-4
+    assert fake.files == [["model.safetensors"], *4 * [["adapter_model.safetensors"]]], (
+        "three updates and the evaluation"
+    )
+    assert all(map(torch.equal, fake.model.parameters(), before))
+    trained = torch.cat([(a - b).flatten() for a, b in zip(fake.adapted.parameters(), before, strict=True)])
+    assert trained.abs().max() > 1e-3
+    assert record["metrics"]["reference_response_tokens"] > 0
+
+
+def test_a_restart_that_lost_the_adapter_is_a_failure_that_sends_it_again(policy: Path, tmp_path: Path) -> None:
+    fake = FakeVLLM(policy, lora_rank=8)
+
+    def restarted(training: ppo.Training, run: Any) -> dict[str, float]:
+        rollout, metrics = one_rollout(training, run)
+        training.learner.update(rollout, metrics)
+        one_rollout(training, run)
+        fake.restart()
+        return one_rollout(training, run)[1]  # type: ignore[no-any-return]
+
+    changes = {**SMALL, "roles": "adapters", "lora": {"r": 4, "alpha": 8}}
+    with served(fake) as url:
+        metrics = with_training(tmp_path / "run", policy, REWARD, restarted, **{**changes, "engine_url": url})
+    assert metrics["sampling_drift"] < 1e-4
+    assert "it has no adapter, so it restarted" in (tmp_path / "run" / "out" / "log.txt").read_text()
+
+
+def test_what_an_earlier_run_left_on_the_server_is_replaced(policy: Path, tmp_path: Path) -> None:
+    """Adapters belong to the trainer's base, not to the weights that the server happens to have."""
+    other = make_policy(tmp_path / "seed" / "sft", "abcdefgh", 1)
+    changes = {"roles": "adapters", "lora": {"r": 4, "alpha": 8}}
+    with served(FakeVLLM(other, lora_rank=8)) as url:
+        _, metrics = collected(tmp_path / "run", policy, url, **changes)
+    assert metrics["sampling_drift"] < 1e-4
+
+
+def test_servers_that_cannot_take_the_adapter_are_refused(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = {
+        "after loading the policy's adapter its log-probabilities differ": FakeVLLM(
+            policy, lora_rank=8, ignores_adapters=True
+        ),
+        "its --max-lora-rank of 2 is below `lora: r: 4`": FakeVLLM(policy, lora_rank=2),
+    }
+    changes = {"roles": "adapters", "lora": {"r": 4, "alpha": 8}}
+    for number, (words, fake) in enumerate(others.items()):
+        with served(fake) as url:
+            assert words in refusal(capsys, tmp_path / str(number), policy, url, **changes)
 
 
 @pytest.mark.parametrize("size", [8, 16])

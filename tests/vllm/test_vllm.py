@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ def bandit(prompt: str, text: str, stopped: bool) -> float:
 
 
 @contextlib.contextmanager
-def started(policy: Path, log: Path, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def started(
+    policy: Path, log: Path, port: int = 0, *, flags: Sequence[str] = ()
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`scripts/rollout_server.sh` on a model, from when it answers until the end of the block."""
     if subprocess.run([PYTHON, "-c", "import vllm"], capture_output=True).returncode:
         pytest.skip(f"{PYTHON} has no vLLM that can be imported; `make test-vllm` installs one")
@@ -50,6 +52,7 @@ def started(policy: Path, log: Path, port: int = 0) -> Iterator[tuple[str, subpr
         "64",
         "--dtype",
         "float32",
+        *flags,
     ]
     keep = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "PYTHON": PYTHON, "PYTHONPATH": ""}
     with log.open("ab") as output:
@@ -98,16 +101,34 @@ def greedy_answers(training: ppo.Training) -> tuple[list[list[int]], list[list[i
     return [r.ids for r in own], [r.ids for r in collector.server.sample(prompts, None)]
 
 
-def test_greedy_answers_agree_after_each_transfer_and_drift_is_rounding(
-    server: str, policy: Path, tmp_path: Path
-) -> None:
-    settings: dict[str, Any] = {
-        "prompts_per_rollout": 32,
-        "max_response_tokens": 12,
-        "engine": "vllm",
-        "engine_url": server,
-    }
+@pytest.fixture(scope="module")
+def server_of_adapters(policy: Path) -> Iterator[str]:
+    with started(policy, policy.parent / "adapters.log", flags=["--enable-lora", "--max-lora-rank", "8"]) as (url, _):
+        yield url
 
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["weights", "adapter alone"])
+def test_greedy_answers_agree_after_each_transfer_and_drift_is_rounding(
+    policy: Path, tmp_path: Path, adapter: bool, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue("server_of_adapters" if adapter else "server")
+    changes = {"roles": "adapters", "lora": {"r": 8, "alpha": 16}} if adapter else {}
+    check_ten_rollouts(tmp_path / "run", policy, engine_url=url, temperature=0.8, prompts_per_rollout=32, **changes)
+
+
+def test_another_model_from_a_folder(tmp_path: Path) -> None:
+    """The same of a stage's folder that is named in the environment, such as SFT's of a model of 135 million parameters."""
+    if not os.environ.get("VLLM_TEST_POLICY"):
+        pytest.skip("VLLM_TEST_POLICY names no folder of a stage")
+    policy = tmp_path / "policy"
+    policy.symlink_to(Path(os.environ["VLLM_TEST_POLICY"]).resolve())
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "Write a word with {x}"}}\n' for x in "abcdefgh"))
+    changes = {"prompts_per_rollout": 8, "max_prompt_tokens": 48, "learning_rate": 1e-4, "value_learning_rate": 1e-4}
+    with started(policy, tmp_path / "server.log") as (url, _):
+        check_ten_rollouts(tmp_path / "run", policy, engine_url=url, **changes)
+
+
+def check_ten_rollouts(folder: Path, policy: Path, **changes: Any) -> None:
     def ten_rollouts(training: ppo.Training, run: Any) -> tuple[list[Any], list[float]]:
         answers, drifts = [], []
         for _ in range(10):
@@ -118,8 +139,9 @@ def test_greedy_answers_agree_after_each_transfer_and_drift_is_rounding(
             training.state.rollout += 1
         return answers, drifts
 
+    settings: dict[str, Any] = {"max_response_tokens": 12, "engine": "vllm", **changes}
     body = "return float(response.count('b'))"
-    answers, drifts = with_training(tmp_path / "run", policy, body, ten_rollouts, temperature=0.8, **settings)
+    answers, drifts = with_training(folder, policy, body, ten_rollouts, **settings)
     assert all(own == served for own, served in answers)
     assert answers[0] != answers[-1], "the weights did change"
     assert max(drifts) < 1e-4, drifts
