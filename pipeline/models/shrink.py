@@ -75,10 +75,13 @@ def with_few_layers(config: PreTrainedConfig, window: int) -> PreTrainedConfig:
     return text
 
 
-def small_copy(config: PreTrainedConfig) -> PreTrainedModel | None:
+def small_copy(config: PreTrainedConfig, pad_id: int | None = None) -> PreTrainedModel | None:
     """A random fp32 model of the same architecture on the CPU, its attention windows WINDOW tokens long.
 
     Its weights have about unit gain, so that what one layer does shows in the output. The global random state is not used.
+
+    Args:
+        pad_id: its pad token.
 
     Returns:
         the model in evaluation mode; None if the architecture cannot be made small, whatever it raises.
@@ -88,6 +91,8 @@ def small_copy(config: PreTrainedConfig) -> PreTrainedModel | None:
         for candidate in (with_few_layers, lambda c, w: narrow(with_few_layers(c, w))):
             try:
                 small = candidate(config, WINDOW)
+                if pad_id is not None:
+                    small.get_text_config().pad_token_id = pad_id
                 with torch.device("meta"):
                     size = AutoModelForCausalLM.from_config(small).num_parameters()
                 if size > MOST_PARAMETERS:

@@ -21,6 +21,7 @@ from pipeline.data.control_tokens import opened_markup_ids, special_token_ids, t
 from pipeline.data.encoding import ChatEncoder
 from pipeline.errors import UserError, shorten
 from pipeline.models.loading import fit_embeddings, set_pad
+from pipeline.models.trials import positions_follow_pad, require_token
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -146,6 +147,7 @@ def add_missing_rows(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     if not beyond:
         return None
     fit_embeddings(model, max(tokenizer.get_vocab().values()) + 1)
+    require_token(model, max(tokenizer.get_vocab().values()))
     return f"the tokenizer knows {len(beyond)} tokens that the model has no rows for ({_some(beyond)}); rows were added"
 
 
@@ -170,6 +172,9 @@ def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, end_i
 
     Args:
         end_id: the token that ends an answer, if that is another one: no pad either.
+
+    Raises:
+        UserError: a model that counts its positions from the pad that it had, or cannot read a new token.
     """
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, end_id):
         set_pad(model, tokenizer.pad_token_id)
@@ -180,7 +185,14 @@ def assign_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, end_i
     what = "ended answers too" if tokenizer.pad_token_id == end_id is not None else "was missing or equal to EOS"
     existing = next((name for name in PAD_NAMES if name in vocabulary and name not in taken), None)
     tokenizer.add_special_tokens({"pad_token": existing or "<|pad|>"})
+    before = model.config.get_text_config().pad_token_id
+    if before not in (None, tokenizer.pad_token_id) and positions_follow_pad(model.config):
+        raise UserError(
+            f"{type(model).__name__} counts positions from its pad token (id {before}), which is also EOS or ends answers here; "
+            "another pad would move all positions: give its tokenizer the pad that it was trained with"
+        )
     fit_embeddings(model, len(tokenizer))
+    require_token(model, tokenizer.pad_token_id)
     set_pad(model, tokenizer.pad_token_id)
     kind = "an existing, unused token" if existing else "a new token"
     return f"pad {what}; {tokenizer.pad_token!r} ({kind}, id {tokenizer.pad_token_id}) is pad now"

@@ -17,10 +17,12 @@ from pipeline.models.shrink import has_window, small_copy
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 LENGTHS = (3, 12, 7)
 TOLERANCE = 1e-4  # relative, fp32
 QUANTISED_TOLERANCE = 2e-2  # a quantised base computes in bf16
+PAD_TOLERANCE = 1e-2  # relative, between copies whose weights are scaled with another row at zero
 
 
 def enable_packed_attention(model: Any) -> bool:
@@ -114,6 +116,34 @@ def require_causal(model: Any, name: str) -> None:
             f"{name!r} predicts tokens from those that follow them (a masked or bidirectional model, `is_decoder: false`); "
             "give a causal language model"
         )
+
+
+def require_token(model: Any, token: int) -> None:
+    """Require that a model can read a token that was added to its tables.
+
+    Raises:
+        UserError: it has another table by token ids, such as DeepSeek V4's routers.
+    """
+    ids = torch.tensor([[token]], device=next(model.parameters()).device)
+    with _evaluating(model), torch.no_grad():
+        try:
+            model(input_ids=ids)
+        except IndexError as error:
+            raise UserError(
+                f"{type(model).__name__} cannot read an added token (id {token}): it has a table by token ids beside its "
+                "embedding; take a parent whose tokenizer needs no new one (a pad apart from EOS, all tokens within the embedding)"
+            ) from error
+
+
+@torch.no_grad()
+def positions_follow_pad(config: PreTrainedConfig) -> bool:
+    """Whether an architecture counts positions from the id of its pad token, as RoBERTa does, which a new pad would move."""
+    logits = []
+    for pad_id in (1, 2):
+        if (model := small_copy(config, pad_id=pad_id)) is None:
+            return False
+        logits.append(model(input_ids=torch.tensor([range(3, 12)])).logits)
+    return bool((logits[0] - logits[1]).norm() > PAD_TOLERANCE * logits[0].norm())
 
 
 def fused_head_gives_the_loss(model: Any) -> bool:

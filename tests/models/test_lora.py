@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from helpers.tiny_models import DEEPSEEK4, SMALL
 from pipeline.config.trainer import LoraOptions
 from pipeline.errors import UserError
 from pipeline.models.loading import load_causal_lm
@@ -21,7 +22,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 IDS = torch.arange(5, 25)[None]
-SMALL = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 ARCHITECTURES = {
     "LlamaConfig": SMALL,
     "Qwen3Config": {**SMALL, "head_dim": 8, "num_key_value_heads": 2},
@@ -85,23 +85,6 @@ def test_a_layer_whose_weights_are_read_without_a_call_is_no_target() -> None:
     with pytest.raises(UserError, match="reads the weights of 'dt_proj' without calling the layer"):
         lora_config(model, LoraOptions(target_modules=["dt_proj"]), "CAUSAL_LM")
     assert "router" not in linear_module_names(model)
-
-
-DEEPSEEK4 = {
-    **SMALL,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "o_groups": 2,
-    "o_lora_rank": 8,
-    "moe_intermediate_size": 8,
-    "n_routed_experts": 2,
-    "num_experts_per_tok": 1,
-    "index_n_heads": 2,
-    "index_head_dim": 8,
-    "pad_token_id": 0,
-}
 
 
 def test_a_layer_that_is_several_products_at_once_is_no_target() -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from helpers.tiny_models import DEEPSEEK4
 from pipeline.errors import UserError
 from pipeline.models.loading import check_context_length, disable_noise, load_causal_lm, new_causal_lm
 from pipeline.models.lora import linear_module_names
@@ -22,11 +23,13 @@ from pipeline.models.reward_model import (
     scalar_head,
     score_ids,
 )
-from pipeline.models.tokenizers import assign_pad
+from pipeline.models.tokenizers import add_missing_rows, assign_pad
 from pipeline.models.trials import enable_packed_attention
 
 import pytest
 import torch
+import transformers
+from transformers import AutoModelForCausalLM
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 
@@ -157,6 +160,24 @@ def test_pad_equal_to_eos_is_replaced(tiny_lm: Any, tokenizer: Any) -> None:
     assert note is not None
     assert changed.pad_token_id not in (None, changed.eos_token_id)
     assert model.config.pad_token_id == changed.pad_token_id < model.get_input_embeddings().weight.shape[0]
+
+
+def test_a_new_pad_that_would_move_positions_or_cannot_be_read_is_refused(tokenizer: Any) -> None:
+    """RoBERTa counts positions from its pad; DeepSeek V4's routers hold a table by token ids."""
+    changed = copy.deepcopy(tokenizer)
+    changed.pad_token = changed.eos_token
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
+    pads = {"pad_token_id": changed.eos_token_id, "eos_token_id": changed.eos_token_id}
+    config = transformers.RobertaConfig(**sizes, **pads, num_hidden_layers=2, is_decoder=True)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="counts positions from its pad token"):
+        assign_pad(copy.deepcopy(changed), model)
+    deepseek = AutoModelForCausalLM.from_config(
+        transformers.DeepseekV4Config(**{**DEEPSEEK4, "vocab_size": len(tokenizer)})
+    )
+    changed.add_tokens(["<|new|>"])
+    with pytest.raises(UserError, match="cannot read an added token"):
+        add_missing_rows(changed, deepseek)
 
 
 def test_weights_load_in_fp32(tiny_lm: Any, tmp_path: Path) -> None:
