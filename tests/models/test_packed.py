@@ -152,8 +152,8 @@ def test_documents_that_see_each_other_in_a_packed_row_are_noticed(name: str) ->
     assert isolates_packed_documents(network(name, **SIZES[name])) is ISOLATES[name]
 
 
-def test_a_window_longer_than_the_trial_is_tried_on_a_small_copy() -> None:
-    """Attention sinks of gpt-oss with a window of 64 tokens: the copy's window is 4, and the leak shows."""
+def test_a_model_with_attention_sinks_stays_padded_with_one_document_per_row() -> None:
+    """gpt-oss computes sinks in an attention of its own, which restarting positions do not part."""
     config = transformers.GptOssConfig(
         vocab_size=32,
         hidden_size=32,

@@ -152,6 +152,8 @@ def test_an_answer_follows_the_prompt_and_ends_where_the_template_ends_it(family
     whole = served(family, messages, generation=False)
     if family.trains_earlier and "<think>" not in family.tokenizer.chat_template:
         assert ids[:-1] == whole[: len(ids) - 1]
+        following = whole[len(ids) - 1 : len(ids)]
+        assert ids[-1:] == following or not following or following[0] not in family.text.control
     assert family.end_id in whole or family.end_id == family.eos_id
 
 
