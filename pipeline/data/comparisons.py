@@ -35,7 +35,8 @@ def pairs_of(ranks: Sequence[int], ties: str, target: float = 1.0) -> list[Pair]
 
     Args:
         ranks: 1 is best; equal ranks tie.
-        ties: "drop" leaves tied pairs out (InstructGPT), "half" and "margin" keep them, with target 0.5.
+        ties: "drop" leaves tied pairs out (InstructGPT), "half" keeps them, with target 0.5, "margin" as an outcome of their
+            own, for which the loss has a probability and takes no target.
         target: probability that the labeler's preference is right.
     """
     pairs: list[Pair] = []

@@ -1,7 +1,7 @@
 """What `weight:` of a dataset means, in every stage: its share of the rows of one epoch.
 
 Rows are what a stage steps over: packed blocks in pretraining and ptx, demonstrations in SFT, rankings in reward
-training, prompts in PPO.
+training, prompts in PPO. Datasets of 100 and 10 rows with weights 0.5 and 0.5 make an epoch of 200 rows: the small one ten times.
 """
 
 from __future__ import annotations

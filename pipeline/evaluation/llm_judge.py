@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.evaluation.chat_server import ChatServer, check_address
-from pipeline.evaluation.preference import Interval, bootstrap_interval, length_controlled
+from pipeline.evaluation.intervals import Interval, bootstrap_interval, length_controlled
 from pipeline.models.loading import load_causal_lm
 from pipeline.models.precision import accelerator_type
 from pipeline.models.tokenizers import assign_template, load_tokenizer

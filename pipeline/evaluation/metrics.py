@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from pipeline.evaluation import calibration, language, preference, text
+from pipeline.evaluation import calibration, intervals, language, text
 
 import datasets
 import evaluate
@@ -80,21 +80,21 @@ class KLDivergence(_Metric):
 
 
 class PairAccuracy(_Metric):
-    """`preference.pair_accuracy`; better, worse: scores of the preferred and the other response of each pair."""
+    """`intervals.pair_accuracy`; better, worse: scores of the preferred and the other response of each pair."""
 
     inputs: ClassVar[dict[str, str]] = {"better": "float64", "worse": "float64"}
 
     def _compute(self, better: list[float], worse: list[float], groups: list[Any] | None = None) -> dict[str, Any]:
-        return preference.pair_accuracy(better, worse, groups).as_dict()
+        return intervals.pair_accuracy(better, worse, groups).as_dict()
 
 
 class WinRate(_Metric):
-    """`preference.win_rate`; candidate, baseline: a judge's scores of both answers to each prompt."""
+    """`intervals.win_rate`; candidate, baseline: a judge's scores of both answers to each prompt."""
 
     inputs: ClassVar[dict[str, str]] = {"candidate": "float64", "baseline": "float64"}
 
     def _compute(self, candidate: list[float], baseline: list[float]) -> dict[str, Any]:
-        return preference.win_rate(candidate, baseline).as_dict()
+        return intervals.win_rate(candidate, baseline).as_dict()
 
 
 class ExpectedCalibrationError(_Metric):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.evaluation.preference import RESAMPLES, Interval
+from pipeline.evaluation.intervals import RESAMPLES, Interval
 
 import numpy as np
 

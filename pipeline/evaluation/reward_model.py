@@ -15,7 +15,7 @@ from pipeline.evaluation.calibration import (
     preference_logits,
     reliability,
 )
-from pipeline.evaluation.preference import PairAccuracy, pair_accuracy
+from pipeline.evaluation.intervals import PairAccuracy, pair_accuracy
 from pipeline.models.reward_model import scores_at
 from pipeline.rollout.rewards import call_function
 

@@ -8,9 +8,9 @@ from typing import Any
 from pipeline.config.stages import ANSWERING
 from pipeline.data.records import Record
 from pipeline.evaluation.answers import ModelAnswers, dialogue_text
+from pipeline.evaluation.intervals import length_controlled, win_rate, wins_of
 from pipeline.evaluation.judges import REWARD, REWARD_MODEL, Scores
 from pipeline.evaluation.llm_judge import Judge, compare_answers
-from pipeline.evaluation.preference import length_controlled, win_rate, wins_of
 from pipeline.evaluation.reward_model import correlation
 from pipeline.evaluation.run_folder import RunFolder
 

@@ -13,7 +13,7 @@ from pipeline.data.hashing import sha256_json
 from pipeline.data.labeler_agreement import LabelerAgreement
 from pipeline.data.records import PARSERS, Record, read_records
 from pipeline.data.splits import is_held_out
-from pipeline.evaluation.preference import PairAccuracy, pair_accuracy
+from pipeline.evaluation.intervals import PairAccuracy, pair_accuracy
 from pipeline.models.precision import accelerator_type
 from pipeline.rollout.rewards import TextScorer
 from pipeline.rounds.ledger import prompt_key

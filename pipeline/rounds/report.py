@@ -13,8 +13,8 @@ from pipeline.data.records import Record
 from pipeline.errors import UserError
 from pipeline.evaluation.answers import ModelAnswers, load_sampler, sample_answers
 from pipeline.evaluation.divergence import Divergence, divergence
+from pipeline.evaluation.intervals import length_controlled, win_rate, wins_of
 from pipeline.evaluation.judges import REWARD, JudgePanel, Scores, build_panel
-from pipeline.evaluation.preference import length_controlled, win_rate, wins_of
 from pipeline.evaluation.ratings import ratings
 from pipeline.evaluation.run_folder import held_out_prompts, read_run
 from pipeline.rounds.findings import findings

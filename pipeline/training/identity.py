@@ -49,6 +49,9 @@ class ModelIdentity:
     adapter_sha256: str | None
     stop_tokens: tuple[int, ...]
 
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "stop_tokens": list(self.stop_tokens)}
+
 
 def model_identity(folder: Path) -> ModelIdentity:
     """Identify the model in a folder by its files.
@@ -209,4 +212,4 @@ def without_secrets(value: Any) -> Any:
 def as_inputs(identity: ModelIdentity, tokenizer: Any) -> dict[str, Any]:
     """A model's identity as an entry of a run's inputs."""
     own, template = tokenizer_hashes(tokenizer)
-    return {**asdict(identity), "stop_tokens": list(identity.stop_tokens), "tokenizer": own, "chat_template": template}
+    return {**identity.as_json(), "tokenizer": own, "chat_template": template}

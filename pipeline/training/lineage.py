@@ -182,14 +182,16 @@ def verify_parent(path: str, stages: tuple[str, ...]) -> Parent:
 def _unchanged_identity(folder: Path, path: str, lineage: Mapping[str, Any]) -> ModelIdentity:
     """The folder's identity, refused where it is not the recorded one; old lineages recorded the weights alone."""
     identity = model_identity(folder)
-    for key, what, verb in (
-        ("weights_sha256", "weights", "changed"),
-        ("config_sha256", "config.json", "changed"),
-        ("adapter_sha256", "adapter", "changed"),
+    now = identity.as_json()
+    for key, what in (
+        ("weights_sha256", "weights"),
+        ("config_sha256", "config.json"),
+        ("adapter_sha256", "adapter"),
+        ("stop_tokens", "stop tokens (eos_token_id in generation_config.json)"),
     ):
-        if lineage.get(key) is not None and lineage[key] != getattr(identity, key):
+        if lineage.get(key) is not None and lineage[key] != now[key]:
             raise UserError(
-                f"parent {path!r}: its {what} {verb} after the stage finished (sha256 differs); run it again"
+                f"parent {path!r}: its {what} changed after the stage finished; restore it, or run that stage again"
             )
     return identity
 

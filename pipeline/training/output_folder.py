@@ -165,7 +165,6 @@ class StageOutput:
         """Write metrics.json, then lineage.json by rename, then drop the resumable checkpoints."""
         write_json(self.folder / METRICS, metrics)
         share_file_modes(self.folder, like=self.folder / METRICS)
-        identity = model_identity(self.folder)
         lineage = {
             "stage": self.stage,
             "status": COMPLETE,
@@ -174,9 +173,7 @@ class StageOutput:
             "fingerprint": self.fingerprint,
             "inputs": self.inputs,
             **lineage,
-            "weights_sha256": identity.weights_sha256,
-            "config_sha256": identity.config_sha256,
-            "adapter_sha256": identity.adapter_sha256,
+            **model_identity(self.folder).as_json(),
             "code": code_version(),
             "packages": package_versions(),
             "hardware": hardware(),

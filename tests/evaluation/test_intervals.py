@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.evaluation.preference import bootstrap_interval, length_controlled, pair_accuracy, win_rate
+from pipeline.evaluation.intervals import bootstrap_interval, length_controlled, pair_accuracy, win_rate
 
 import numpy as np
 import pytest

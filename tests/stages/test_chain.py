@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 KEYS = {
     "stage", "status", "recipe", "config", "parents", "datasets", "tokenizer_sha256", "chat_template_sha256", "code", "packages", "hardware",
     "seconds", "flops", "metrics", "started", "finished", "processes", "sharding", "resumed_from", "weights_sha256", "fingerprint",
-    "config_sha256", "adapter_sha256", "inputs",
+    "config_sha256", "adapter_sha256", "stop_tokens", "inputs",
 }  # fmt: skip
 
 

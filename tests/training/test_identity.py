@@ -59,16 +59,17 @@ def test_where_and_by_which_version_a_model_was_saved_does_not(folder: Path) -> 
     assert model_identity(folder) == before
 
 
-@pytest.mark.parametrize("what", ["config.json", "adapter"])
+@pytest.mark.parametrize("what", ["config.json", "adapter", "stop tokens"])
 def test_a_changed_parent_is_refused(tmp_path: Path, what: str) -> None:
-    """Other scores without other weights: an offset, an adapter."""
+    """Other scores without other weights: an offset, an adapter. And other ends of a response."""
     folder = tmp_path / "reward"
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
     finished(folder)
-    file = folder / "config.json" if what == "config.json" else folder / "adapter" / "adapter_config.json"
-    change(file, score_offset=5.0)
-    with pytest.raises(UserError, match=f"its {what} changed after the stage finished"):
+    files = {"adapter": "adapter/adapter_config.json", "stop tokens": "generation_config.json"}
+    change(folder / files.get(what, what), score_offset=5.0, eos_token_id=[1, 2])
+    with pytest.raises(UserError, match=rf"its {what}.* changed after the stage finished"):
         verify_parent(str(folder), ("sft",))
 
 
