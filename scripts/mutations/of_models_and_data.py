@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -9,6 +10,9 @@ from typing import Any
 
 from mutations import mutation
 from pipeline.data.encoding import ChatEncoder
+from pipeline.errors import UserError
+from pipeline.models.loading import load_causal_lm
+from pipeline.rollout.engine import CachedDecoder
 
 import numpy as np
 import torch
@@ -296,4 +300,59 @@ def _(original: Any, config: Any, rows: int, length: int, bytes_each: int) -> fl
 def _(original: Any, *rest: Any) -> Any:
     memory = original(*rest)
     return dataclasses.replace(memory, parts={name: 0.0 if name == "exchange buffers" else size for name, size in memory.parts.items()})
+
+# ---------------------------------------------------------------------------------------------- errors and what is refused
+
+@mutation("finished rows leave every cache", "pipeline.rollout.engine:decoder_of", "tests/rollout/test_engine.py::test_hybrid_and_recurrent_models_sample_as_alone")
+def _(original: Any, model: Any) -> Any:
+    return CachedDecoder
+
+@mutation("adapters: dropout of a reward adapter stays on", "pipeline.models.adapter_networks:AdapterNetworks.__init__", "tests/models/test_networks.py::test_the_dropout_of_a_reward_adapter_is_off")
+def _(original: Any, self: Any, *rest: Any, **options: Any) -> None:
+    original(self, *rest, **options)
+    for module in self.peft.modules():
+        for name in getattr(module, "lora_dropout", ()):
+            module.lora_dropout[name] = torch.nn.Dropout(0.5)
+
+@mutation("pad may end answers", "pipeline.models.tokenizers:require_pad", TOKENS + "test_pad_apart_from_eos_is_required")
+def _(original: Any, *rest: Any) -> None:
+    pass
+
+@mutation("tokens beyond the embedding are taken", "pipeline.models.tokenizers:require_rows", LOADED + "test_tokens_beyond_the_embedding_get_rows_or_are_refused")
+def _(original: Any, *rest: Any) -> None:
+    pass
+
+@mutation("a fault of many rows is told for each", "pipeline.data.problems:Problems.refuse", INPUTS + "test_a_fault_of_many_rows_is_told_once")
+def _(original: Any, self: Any) -> None:
+    if self.count:
+        faults = [f"{self.source}:{line}: {message}" for message, lines in self.lines.items() for line in lines]
+        raise UserError("\n".join(faults))
+
+@mutation("a row that a template refuses is not named", "pipeline.data.records:at_row", STAGE_DATA + "test_a_template_that_refuses_a_role_names_the_row")
+def _(original: Any, record: Any) -> Any:
+    return contextlib.nullcontext()
+
+@mutation("a row may be nested without end", "pipeline.data.files:check_object", "tests/data/test_hostile.py::test_a_hostile_row_is_read_or_refused_in_one_line")
+def _(original: Any, row: Any, text: str) -> Any:
+    return row
+
+@mutation("a tilde is a folder", "pipeline.cli:_with_home", "tests/commands/test_cli.py::test_a_tilde_is_the_home_folder")
+def _(original: Any, word: str) -> str:
+    return word
+
+@mutation("secrets are recorded", "pipeline.training.identity:without_secrets", FOLDER + "test_secrets_are_recorded_nowhere")
+def _(original: Any, value: Any) -> Any:
+    return value
+
+@mutation("a lineage of any shape is read", "pipeline.training.lineage:_check_shape", LINEAGE + "test_a_damaged_lineage_is_one_line")
+def _(original: Any, path: Any, lineage: Any) -> None:
+    pass
+
+@mutation("a full disk is a traceback", "pipeline.errors:describe_system_error", "tests/test_errors.py::test_a_full_disk_names_the_disk_and_what_is_free")
+def _(original: Any, *rest: Any) -> None:
+    return None
+
+@mutation("a model that diverged answers in the report", "pipeline.evaluation.answers:load_finite_model", REPORT + "test_weights_that_are_not_finite_are_not_reported_as_answers")
+def _(original: Any, folder: Any) -> Any:
+    return load_causal_lm(str(folder)).eval()
 # fmt: on

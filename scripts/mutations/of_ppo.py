@@ -11,6 +11,7 @@ from mutations import mutation
 from pipeline.algorithms.kl import k3
 from pipeline.models.reward_model import score_offset
 from pipeline.rollout.rollout import whiten_advantages
+from pipeline.training.ppo_state import BEST
 
 import torch
 import torch.nn.functional as F
@@ -282,6 +283,12 @@ def _(original: Any, self: Any, state: Any) -> None:
 @mutation("the best rollout is the worst", "pipeline.rollout.evaluation:record_if_best", DETAILS + "test_the_best_rollout_is_kept")
 def _(original: Any, metrics: Any, args: Any, state: Any) -> bool:
     return bool(original({name: -value for name, value in metrics.items()}, args, state))
+
+@mutation("the best networks are gone once they are loaded", "pipeline.training.ppo_state:load_best", DETAILS + "test_a_run_killed_in_its_final_evaluation_can_still_finish")
+def _(original: Any, folder: Any, like: Any) -> Any:
+    best = original(folder, like)
+    (folder / BEST).unlink()
+    return best
 
 @mutation("a judge that says NaN is the best", "pipeline.rollout.evaluation:record_if_best", DETAILS + "test_a_judge_that_says_nan_is_never_the_best")
 def _(original: Any, metrics: Any, args: Any, state: Any) -> bool:

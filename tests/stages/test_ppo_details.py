@@ -503,6 +503,7 @@ def test_a_run_killed_in_its_final_evaluation_can_still_finish(policy: Path, tmp
 
     with pytest.raises(Killed):
         with_training(tmp_path / "run", policy, COUNT_B, use, **settings)
+    assert (tmp_path / "run" / "out" / "best.pt").exists()
     record = train(tmp_path / "run", policy, COUNT_B, **settings)
     whole = train(tmp_path / "whole", policy, COUNT_B, **settings)
     assert record["weights_sha256"] == whole["weights_sha256"]
